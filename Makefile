@@ -1,0 +1,57 @@
+# make demo   build, then generate from a small checkpoint in all three modes
+# make test   build, then run the tests          make lint   ruff, clang-format, mypy
+# make gpu    on a machine with an NVIDIA GPU, nvcc and a CUDA torch: build against that torch, run the GPU tests
+# All but `make gpu` work inside .venv, which they make; PYTHON chooses the interpreter.
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+PYTHON ?= python3
+OUT ?= benchmarks/results
+BIN := .venv/bin
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PROGRESS := ^ *(\[[0-9]+/[0-9]+|-- CUDA kernels|Successfully installed)
+
+.PHONY: demo test test-build lint format gpu clean
+
+.venv/tools: requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --progress-bar on -r requirements-dev.txt
+	touch $@
+
+# One line a compile step; everything else goes to the log, whose end is shown when the build fails.
+.venv/built: .venv/tools setup.py pyproject.toml CMakeLists.txt $(CPP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --no-build-isolation --verbose -e '.[test]' 2>&1 \
+	  | tee .venv/build.log | grep --line-buffered -E '$(PROGRESS)' || { tail -n 60 .venv/build.log; exit 1; }
+	touch $@
+
+.venv/linters: .venv/tools
+	$(BIN)/pip install --quiet -r requirements-lint.txt
+	touch $@
+
+demo: .venv/built
+	@for mode in mask_diffusion mock_ar ar; do \
+	  $(BIN)/twotower generate tests/golden/checkpoint --prompt-ids 17,4,99,23,8 --max-new-tokens 48 --mode $$mode || exit; \
+	done
+
+test: .venv/built
+	$(BIN)/python -m pytest -m "not gpu and not build"
+
+# Installs the package in fresh environments, every way a user can; needs the package index.
+test-build: .venv/built
+	$(BIN)/python -m pytest -m build
+
+lint: .venv/built .venv/linters
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+
+format: .venv/linters
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+gpu:
+	CMAKE_ARGS="-DTWOTOWER_CUDA=ON $$CMAKE_ARGS" $(PYTHON) -m pip install --no-build-isolation --no-deps --verbose -e .
+	$(PYTHON) benchmarks/gpu.py --out "$(OUT)"
+
+clean:
+	rm -rf build .venv/built twotower_ext/*.so *.egg-info

@@ -1,0 +1,168 @@
+// Every op in torch's dispatcher: schemas and implementations on one page. Fakes, gradients and the public functions
+// are in twotower_ext/ops.
+#include <string>
+#include <tuple>
+
+#include "torch_face.h"
+
+namespace twotower {
+namespace {
+
+using Pair = std::tuple<Tensor, Tensor>;
+using PairAndOptional = std::tuple<Tensor, Tensor, OptionalTensor>;
+using Commit = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+std::tuple<Tensor, OptionalTensor> rms_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& shift,
+                                            const OptionalTensor& scale, const OptionalTensor& delta,
+                                            const OptionalTensor& gate, double eps, std::string modulate) {
+  TorchFace f("rms_norm", x);
+  ops::rms_norm(f, f.view(x), f.view(weight), f.view(shift), f.view(scale), f.view(delta), f.view(gate), eps, modulate);
+  return {f.result(0), f.optional_result(1)};
+}
+
+Tensor gated_group_rms_norm(const Tensor& y, const Tensor& z, const Tensor& weight, int64_t group_size, double eps) {
+  TorchFace f("gated_group_rms_norm", y);
+  ops::gated_group_rms_norm(f, f.view(y), f.view(z), f.view(weight), group_size, eps);
+  return f.result(0);
+}
+
+Pair causal_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                   const OptionalTensor& initial_state, std::string activation) {
+  TorchFace f("causal_conv1d", x);
+  ops::causal_conv1d(f, f.view(x), f.view(weight), f.view(bias), f.view(initial_state), activation);
+  return {f.result(0), f.result(1)};
+}
+
+PairAndOptional ssd_scan(const Tensor& x, const Tensor& dt, const Tensor& A_log, const Tensor& B, const Tensor& C,
+                         const OptionalTensor& D, const OptionalTensor& dt_bias, const OptionalTensor& initial_state,
+                         int64_t chunk_size, int64_t states_every) {
+  TorchFace f("ssd_scan", x);
+  ops::ssd_scan(f, f.view(x), f.view(dt), f.view(A_log), f.view(B), f.view(C), f.view(D), f.view(dt_bias),
+                f.view(initial_state), chunk_size, states_every);
+  return {f.result(0), f.result(1), f.optional_result(2)};
+}
+
+std::tuple<Tensor, OptionalTensor, OptionalTensor> mamba_block(
+    const Tensor& zxbcdt, const Tensor& conv_weight, const OptionalTensor& conv_bias, const Tensor& A_log,
+    const Tensor& D, const Tensor& dt_bias, const Tensor& norm_weight, const OptionalTensor& conv_state,
+    const OptionalTensor& ssm_state, int64_t heads, int64_t groups, int64_t state_size, double eps, bool update_state) {
+  TorchFace f("mamba_block", zxbcdt);
+  ops::mamba_block(f, f.view(zxbcdt), f.view(conv_weight), f.view(conv_bias), f.view(A_log), f.view(D), f.view(dt_bias),
+                   f.view(norm_weight), f.view(conv_state), f.view(ssm_state), heads, groups, state_size, eps,
+                   update_state);
+  return {f.result(0), f.optional_result(1), f.optional_result(2)};
+}
+
+Pair moe_route(const Tensor& x, const Tensor& gate_weight, const Tensor& correction_bias, int64_t top_k,
+               double scaling) {
+  TorchFace f("moe_route", x);
+  ops::moe_route(f, f.view(x), f.view(gate_weight), f.view(correction_bias), top_k, scaling);
+  return {f.result(0), f.result(1)};
+}
+
+Tensor moe_experts(const Tensor& x, const Tensor& expert_ids, const Tensor& expert_weights, const Tensor& up,
+                   const Tensor& down, const OptionalTensor& shared_up, const OptionalTensor& shared_down,
+                   std::string activation) {
+  TorchFace f("moe_experts", x);
+  // Expert weights are described, never copied: a strided view of gigabytes is refused by name instead.
+  ops::moe_experts(f, f.view(x), f.view(expert_ids), f.view(expert_weights), f.describe(up), f.describe(down),
+                   f.describe(shared_up), f.describe(shared_down), activation);
+  return f.result(0);
+}
+
+Tensor block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& context_k,
+                       const OptionalTensor& context_v, const OptionalTensor& context_lengths, bool causal,
+                       double scale) {
+  TorchFace f("block_attention", q);
+  ops::block_attention(f, f.view(q), f.view(k), f.view(v), f.view(context_k), f.view(context_v),
+                       f.view(context_lengths), causal, scale);
+  return f.result(0);
+}
+
+Tensor two_stream_attention(const Tensor& q, const Tensor& context_k, const Tensor& context_v, const Tensor& k,
+                            const Tensor& v, int64_t block_size) {
+  TorchFace f("two_stream_attention", q);
+  ops::two_stream_attention(f, f.view(q), f.view(context_k), f.view(context_v), f.view(k), f.view(v), block_size);
+  return f.result(0);
+}
+
+Commit denoise_commit(const Tensor& logits, const Tensor& block, const Tensor& step, const Tensor& seed,
+                      const Tensor& offset, int64_t steps, double threshold, int64_t mask_token_id, double temperature,
+                      int64_t top_k, double top_p) {
+  TorchFace f("denoise_commit", logits);
+  ops::denoise_commit(f, f.view(logits), f.view(block), f.view(step), f.view(seed), f.view(offset),
+                      {steps, mask_token_id, top_k, threshold, temperature, top_p});
+  return {f.result(0), f.result(1), f.result(2), f.result(3), f.result(4)};
+}
+
+Commit lm_head_commit(const Tensor& hidden, const Tensor& weight, const Tensor& block, const Tensor& step,
+                      const Tensor& seed, const Tensor& offset, int64_t steps, double threshold, int64_t mask_token_id,
+                      double temperature, int64_t top_k, double top_p) {
+  TorchFace f("lm_head_commit", hidden);
+  ops::lm_head_commit(f, f.view(hidden), f.describe(weight), f.view(block), f.view(step), f.view(seed), f.view(offset),
+                      {steps, mask_token_id, top_k, threshold, temperature, top_p});
+  return {f.result(0), f.result(1), f.result(2), f.result(3), f.result(4)};
+}
+
+// The same implementations serve both devices: the core picks the backend by the tensors' device.
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("gated_group_rms_norm", TORCH_BOX(&gated_group_rms_norm));
+  m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d));
+  m.impl("ssd_scan", TORCH_BOX(&ssd_scan));
+  m.impl("mamba_block", TORCH_BOX(&mamba_block));
+  m.impl("moe_route", TORCH_BOX(&moe_route));
+  m.impl("moe_experts", TORCH_BOX(&moe_experts));
+  m.impl("block_attention", TORCH_BOX(&block_attention));
+  m.impl("two_stream_attention", TORCH_BOX(&two_stream_attention));
+  m.impl("denoise_commit", TORCH_BOX(&denoise_commit));
+  m.impl("lm_head_commit", TORCH_BOX(&lm_head_commit));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(twotower, m) {
+  m.def(
+      "rms_norm(Tensor x, Tensor weight, Tensor? shift, Tensor? scale, Tensor? delta, Tensor? gate, float eps, "
+      "str modulate) -> (Tensor, Tensor?)");
+  m.def("gated_group_rms_norm(Tensor y, Tensor z, Tensor weight, int group_size, float eps) -> Tensor");
+  m.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, str activation) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "ssd_scan(Tensor x, Tensor dt, Tensor A_log, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
+      "Tensor? initial_state, int chunk_size, int states_every) -> (Tensor, Tensor, Tensor?)");
+  m.def(
+      "mamba_block(Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor A_log, Tensor D, Tensor dt_bias, "
+      "Tensor norm_weight, Tensor? conv_state, Tensor? ssm_state, int heads, int groups, int state_size, float eps, "
+      "bool update_state) -> (Tensor, Tensor?, Tensor?)");
+  m.def(
+      "moe_route(Tensor x, Tensor gate_weight, Tensor correction_bias, int top_k, float scaling) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "moe_experts(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor up, Tensor down, Tensor? shared_up, "
+      "Tensor? shared_down, str activation) -> Tensor");
+  m.def(
+      "block_attention(Tensor q, Tensor k, Tensor v, Tensor? context_k, Tensor? context_v, "
+      "Tensor? context_lengths, bool causal, float scale) -> Tensor");
+  m.def(
+      "two_stream_attention(Tensor q, Tensor context_k, Tensor context_v, Tensor k, Tensor v, int block_size) -> "
+      "Tensor");
+  m.def(
+      "denoise_commit(Tensor logits, Tensor block, Tensor step, Tensor seed, Tensor offset, int steps, "
+      "float threshold, int mask_token_id, float temperature, int top_k, float top_p) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lm_head_commit(Tensor hidden, Tensor weight, Tensor block, Tensor step, Tensor seed, Tensor offset, "
+      "int steps, float threshold, int mask_token_id, float temperature, int top_k, float top_p) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(twotower, CPU, m) {
+  implement(m);
+}
+STABLE_TORCH_LIBRARY_IMPL(twotower, CUDA, m) {
+  implement(m);
+}
+
+}  // namespace twotower

@@ -1,0 +1,128 @@
+// Face of the torch binding: turns torch tensors into TensorViews and lets torch allocate the results.
+#pragma once
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <deque>
+#include <optional>
+
+#include "../cpu/parallel.h"
+#include "../ops/ops.h"
+
+namespace twotower {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& t, const char* op) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::Int:
+      return DType::i32;
+    case ScalarType::Long:
+      return DType::i64;
+    case ScalarType::Bool:
+      return DType::boolean;
+    default:
+      throw std::invalid_argument(std::string(op) +
+                                  ": tensors must be floating point, int32, int64 or bool, got another dtype");
+  }
+}
+
+inline ScalarType scalar_type_of(DType t) {
+  constexpr ScalarType types[] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half,
+                                  ScalarType::Int,   ScalarType::Long,   ScalarType::Bool};
+  return types[static_cast<int>(t)];
+}
+
+// The current CUDA stream of a device. The symbol lives in libtorch_cuda, which a CPU-only torch does not have: it is
+// looked up at run time, so that this library loads beside either.
+inline void* current_stream(int device) {
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  static const Getter get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  void* stream = nullptr;
+  if (!get || get(device, &stream) != 0)
+    throw std::runtime_error("twotower: this torch does not tell its current CUDA stream");
+  return stream;
+}
+
+// One call of one op: its device is current while it lives, and the tensors it made or copied stay alive.
+class TorchFace final : public Face {
+ public:
+  TorchFace(const char* op, const Tensor& anchor) : op_(op), device_(anchor.device()) {
+    if (device_.type() == torch::headeronly::DeviceType::CUDA) {
+      guard_.emplace(device_.index());
+      stream_ = current_stream(device_.index());
+    } else {
+      cpu::set_num_threads(static_cast<int>(torch::stable::get_num_threads()));
+    }
+  }
+
+  // The tensor as it is.
+  TensorView describe(const Tensor& t) const {
+    if (t.dim() > kMaxDims)
+      throw std::invalid_argument(std::string(op_) + ": tensors must have at most 6 axes, got " +
+                                  std::to_string(t.dim()));
+    using torch::headeronly::DeviceType;
+    const auto type = t.device().type();
+    TensorView v;
+    v.data = const_cast<void*>(t.const_data_ptr());
+    v.dtype = dtype_of(t, op_);
+    v.ndim = static_cast<int>(t.dim());
+    v.device.type = type == DeviceType::CPU    ? Device::Type::cpu
+                    : type == DeviceType::CUDA ? Device::Type::cuda
+                                               : Device::Type::other;
+    v.device.index = type == DeviceType::CPU ? 0 : t.device().index();
+    for (int i = 0; i < v.ndim; ++i) {
+      v.shape[i] = t.size(i);
+      v.strides[i] = t.stride(i);
+    }
+    return v;
+  }
+  TensorView describe(const OptionalTensor& t) const { return t ? describe(*t) : TensorView{}; }
+
+  // Kernels read any outer strides but want the innermost axis contiguous: other layouts are copied once, here.
+  TensorView view(const Tensor& t) {
+    if (t.dim() > 0 && t.size(-1) > 1 && t.stride(-1) != 1)
+      return describe(copies_.emplace_back(torch::stable::contiguous(t)));
+    return describe(t);
+  }
+  TensorView view(const OptionalTensor& t) { return t ? view(*t) : TensorView{}; }
+
+  TensorView output(int slot, DType dtype, Device, std::initializer_list<int64_t> shape) override {
+    outputs_.at(slot) =
+        torch::stable::empty({shape.begin(), shape.size()}, scalar_type_of(dtype), std::nullopt, device_);
+    return describe(*outputs_[slot]);
+  }
+  void* stream() const override { return stream_; }
+
+  const Tensor& result(int slot) const { return outputs_.at(slot).value(); }
+  const OptionalTensor& optional_result(int slot) const { return outputs_.at(slot); }
+
+ private:
+  const char* op_;
+  torch::stable::Device device_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  void* stream_ = nullptr;
+  std::deque<Tensor> copies_;
+  std::array<OptionalTensor, 5> outputs_;
+};
+
+}  // namespace twotower

@@ -1,0 +1,24 @@
+// Facts about this build of the core library.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace twotower {
+
+struct BuildInfo {
+  std::string version;
+  std::string compiler;
+  bool cuda = false;
+  std::string cuda_version;                // empty without CUDA
+  std::vector<std::string> architectures;  // machine code and PTX in the library, e.g. "sm_90a", "compute_80"
+  std::vector<std::string> cpu_features;   // of the processor it runs on now
+  int threads = 0;                         // the CPU kernels' default
+};
+
+BuildInfo build_info();
+
+// One clause for error messages: what this build offers to a GPU.
+std::string cuda_build_description();
+
+}  // namespace twotower

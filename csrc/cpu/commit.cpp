@@ -1,0 +1,115 @@
+// denoise_commit: logits of masked positions -> predictions -> commits. Compiled for exact arithmetic (sampling.h).
+#include "../dispatch.h"
+#include "parallel.h"
+#include "select.h"
+
+namespace twotower::cpu {
+namespace {
+
+// A token that the filters still admit.
+template <class A>
+struct Token {
+  A score;  // logit / temperature
+  uint32_t id;
+
+  bool operator<(const Token& other) const {  // better first; of equals the lower id
+    return score != other.score ? score > other.score : id < other.id;
+  }
+};
+
+// Keeps the smallest prefix, best first, whose mass reaches top_p of the whole: a quickselect by mass, linear on
+// average.
+template <class A>
+void keep_top_p(std::vector<Token<A>>& tokens, double top_p) {
+  A best = -kInfinity<A>;
+  for (const Token<A>& t : tokens) best = std::max(best, t.score);
+  const auto mass = [&](auto begin, auto end) {
+    double sum = 0;
+    for (; begin != end; ++begin)
+      sum += begin->score == best ? 1.0 : static_cast<double>(exp_nonpositive(begin->score - best));
+    return sum;
+  };
+  const double target = top_p * mass(tokens.begin(), tokens.end());
+  // Tokens before `kept` belong to the prefix and have mass `reached`; tokens from `rest` on do not belong to it.
+  auto kept = tokens.begin(), rest = tokens.end();
+  double reached = 0;
+  while (kept != rest) {
+    const auto middle = kept + (rest - kept) / 2;
+    std::nth_element(kept, middle, rest);
+    const double before = reached + mass(kept, middle);
+    if (before < target) {
+      reached = before + mass(middle, middle + 1);
+      kept = middle + 1;
+    } else {
+      rest = middle;
+    }
+  }
+  tokens.erase(kept, tokens.end());
+}
+
+// Draws the sample of a position among the tokens that top_k and top_p leave.
+template <class T>
+void sample_filtered(const CommitParams& p, Position at, std::vector<Token<acc_t<T>>>& tokens,
+                     Prediction<acc_t<T>>& prediction) {
+  using A = acc_t<T>;
+  const T* logits = p.logits.at<const T>(at.b, at.l);
+  const Sampler<A> sampler(p, at.b, at.l);
+  tokens.clear();
+  for (int64_t v = 0; v < p.V; ++v) {
+    const A score = A(logits[v]) / sampler.temperature;
+    if (v != p.mask_token_id && score > -kInfinity<A>) tokens.push_back({score, static_cast<uint32_t>(v)});
+  }
+  if (p.top_k > 0 && p.top_k < static_cast<int64_t>(tokens.size())) {
+    std::nth_element(tokens.begin(), tokens.begin() + p.top_k, tokens.end());
+    tokens.resize(p.top_k);
+  }
+  if (p.top_p < 1) keep_top_p(tokens, p.top_p);
+
+  Token<A> best{-kInfinity<A>, 0};
+  for (const Token<A>& t : tokens) best = std::min(best, {t.score + sampler.noise(t.id), t.id});
+  prediction.score = best.score;
+  prediction.sample = best.id;
+  prediction.sample_logit = A(logits[best.id]);
+}
+
+template <class T>
+void denoise_commit_of(const CommitParams& p) {
+  using A = acc_t<T>;
+  const std::vector<Position> masked = masked_positions(p);
+  const int64_t positions = masked.size(), parts = (p.V + kPart - 1) / kPart;
+  const bool filtered = p.temperature > 0 && ((p.top_k > 0 && p.top_k < p.V) || p.top_p < 1);
+
+  // Every part of every masked position is scanned on its own, so that one position uses all threads.
+  std::vector<Prediction<A>> scans(positions * parts);
+  parallel_for(positions * parts, std::max<int64_t>(1, 4 * kPart / std::max<int64_t>(p.V, 1)),
+               [&](int64_t begin, int64_t end) {
+                 A logits[kPart];
+                 for (int64_t i = begin; i < end; ++i) {
+                   const Position at = masked[i / parts];
+                   const int64_t first = i % parts * kPart, count = std::min(kPart, p.V - first);
+                   const T* stored = p.logits.at<const T>(at.b, at.l) + first;
+                   for (int64_t v = 0; v < count; ++v) logits[v] = A(stored[v]);
+                   Sampler<A> sampler(p, at.b, at.l);
+                   if (filtered) sampler.temperature = 0;
+                   scans[i] = scan(logits, first, count, p.mask_token_id, sampler);
+                 }
+               });
+
+  std::vector<Prediction<A>> predictions(positions);
+  parallel_for(positions, filtered ? 1 : positions, [&](int64_t begin, int64_t end) {
+    std::vector<Token<A>> tokens;
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t part = 0; part < parts; ++part) predictions[i].merge(scans[i * parts + part]);
+      if (filtered && predictions[i].usable()) sample_filtered<T>(p, masked[i], tokens, predictions[i]);
+    }
+  });
+  commit_rows(p, masked, predictions);
+}
+
+}  // namespace
+
+void denoise_commit(const CommitParams& p) {
+  dispatch_floating(p.dtype, [&]<class T>(std::type_identity<T>) { denoise_commit_of<T>(p); });
+}
+
+}  // namespace twotower::cpu

@@ -1,0 +1,30 @@
+// Scalar functions of the CPU kernels, in the accumulator dtype.
+#pragma once
+
+#include <cmath>
+
+namespace twotower::cpu {
+
+template <class A>
+A sigmoid(A x) {
+  return A(1) / (A(1) + std::exp(-x));
+}
+
+template <class A>
+A silu(A x) {
+  return x / (A(1) + std::exp(-x));
+}
+
+// log(1 + exp(x)) without overflow.
+template <class A>
+A softplus(A x) {
+  return std::fmax(x, A(0)) + std::log1p(std::exp(-std::fabs(x)));
+}
+
+// The Mamba-2 mixer's output gate, applied before its norm.
+template <class A>
+A gated(A y, A z) {
+  return y * silu(z);
+}
+
+}  // namespace twotower::cpu

@@ -1,0 +1,195 @@
+// moe_experts: tokens sorted by expert, two matrix products over (expert, tile of rows) items, one combination a token.
+//
+// Each weight matrix that is needed at all is read once for up to kPairs routed tokens, by as many threads as it has
+// tiles. The shared expert is one more expert that every token visits. Sums have a fixed order: within a product that
+// of gemm.h, over a token's experts that of its slots. So a token's result depends on nothing but the token.
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "../dispatch.h"
+#include "../params.h"
+#include "gemm.h"
+#include "math.h"
+#include "parallel.h"
+
+namespace twotower::cpu {
+namespace {
+
+constexpr int64_t kPairs = 4096;  // (token, slot) pairs in flight: bounds the scratch memory
+constexpr int64_t kRows = 64;     // token rows that stay in the cache while a weight tile passes
+constexpr int64_t kTile = 64;     // weight rows of one work item
+
+// One expert and the rows that visit it.
+template <class T>
+struct Visit {
+  const T *up, *down;  // [width or 2 width, D], [D, width]
+  int64_t width;
+  int64_t first, count;  // rows of x and of out: [first, first + count) in expert order
+  acc_t<T>* h;           // [count, width]
+};
+
+// Work item: rows [begin, end) of a visited expert's matrix.
+struct Item {
+  int64_t visit, begin, end;
+};
+
+// relu(v)^2; a NaN stays one.
+template <class A>
+A relu2(A v) {
+  return v < A(0) ? A(0) : v * v;
+}
+
+template <class T>
+class Experts {
+  using A = acc_t<T>;
+
+ public:
+  explicit Experts(const ExpertsParams& p)
+      : p_(p),
+        shared_(p.shared_F > 0),
+        chunk_(std::min(p.T, std::max<int64_t>(1, kPairs / std::max<int64_t>(p.k, 1)))) {
+    const int64_t rows = chunk_ * (p.k + shared_);
+    if constexpr (!std::is_same_v<T, A>) wide_ = std::make_unique_for_overwrite<A[]>(chunk_ * p.D);
+    row_.resize(chunk_);
+    x_.resize(rows);
+    place_.resize(chunk_ * p.k);
+    h_ = std::make_unique_for_overwrite<A[]>(chunk_ * (p.k * p.F + p.shared_F));
+    out_ = std::make_unique_for_overwrite<A[]>(rows * p.D);
+  }
+
+  void run() {
+    for (int64_t first = 0; first < p_.T; first += chunk_) {
+      first_token_ = first;
+      tokens_ = std::min(chunk_, p_.T - first);
+      sort_by_expert();
+      over_items(&Visit<T>::width, [&](const Item& item) { up(item); });
+      over_items(nullptr, [&](const Item& item) { down(item); });
+      parallel_for(tokens_, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) combine(t);
+      });
+    }
+  }
+
+ private:
+  int64_t expert(int64_t token, int64_t slot) const {
+    return p_.id_dtype == DType::i32 ? p_.expert_ids.at<const int32_t>(token)[slot]
+                                     : p_.expert_ids.at<const int64_t>(token)[slot];
+  }
+
+  // Fills x_ (rows in expert order), place_ (the row of every pair) and visits_.
+  void sort_by_expert() {
+    parallel_for(tokens_, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        row_[t] = accumulator_row(p_.x.at<const T>(first_token_ + t), p_.D, wide_.get() + t * p_.D);
+    });
+    std::vector<int64_t> start(p_.E + 1);
+    for (int64_t t = 0; t < tokens_; ++t)
+      for (int64_t s = 0; s < p_.k; ++s) ++start[expert(first_token_ + t, s) + 1];
+    std::partial_sum(start.begin(), start.end(), start.begin());
+    visits_.clear();
+    A* h = h_.get();
+    const auto visit = [&](const Rows<2>& up, const Rows<2>& down, int64_t e, int64_t width, int64_t first,
+                           int64_t count) {
+      visits_.push_back({up.at<const T>(e, 0), down.at<const T>(e, 0), width, first, count, h});
+      h += count * width;
+    };
+    for (int64_t e = 0; e < p_.E; ++e)
+      if (start[e] < start[e + 1]) visit(p_.up, p_.down, e, p_.F, start[e], start[e + 1] - start[e]);
+    for (int64_t t = 0; t < tokens_; ++t) {
+      for (int64_t s = 0; s < p_.k; ++s) {
+        const int64_t place = start[expert(first_token_ + t, s)]++;
+        x_[place] = row_[t];
+        place_[t * p_.k + s] = place;
+      }
+    }
+    if (shared_) {
+      std::copy_n(row_.begin(), tokens_, x_.begin() + tokens_ * p_.k);
+      visits_.push_back(
+          {p_.shared_up.at<const T>(0), p_.shared_down.at<const T>(0), p_.shared_F, tokens_ * p_.k, tokens_, h});
+    }
+  }
+
+  // body(item) in parallel over tiles of `width` rows of every visited expert; no width: p.D rows.
+  template <class F>
+  void over_items(int64_t Visit<T>::* width, F&& body) {
+    items_.clear();
+    for (size_t v = 0; v < visits_.size(); ++v) {
+      const int64_t rows = width ? visits_[v].*width : p_.D;
+      for (int64_t begin = 0; begin < rows; begin += kTile)
+        items_.push_back({static_cast<int64_t>(v), begin, std::min(begin + kTile, rows)});
+    }
+    parallel_for(items_.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(items_[i]);
+    });
+  }
+
+  // h = activation(up x), rounded to T as a model in T stores it.
+  void up(const Item& item) {
+    const Visit<T>& v = visits_[item.visit];
+    const bool gated = p_.activation == MoeActivation::silu_gate;
+    const int64_t width = item.end - item.begin;
+    A first[kRows * kTile], second[kRows * kTile];
+    for (int64_t r = 0; r < v.count; r += kRows) {
+      const int64_t rows = std::min(kRows, v.count - r);
+      const A* const* x = x_.data() + v.first + r;
+      product_nt(x, rows, v.up + item.begin * p_.D, p_.D, width, p_.D, first, kTile);
+      if (gated) product_nt(x, rows, v.up + (v.width + item.begin) * p_.D, p_.D, width, p_.D, second, kTile);
+      for (int64_t i = 0; i < rows; ++i) {
+        const A *a = first + i * kTile, *b = second + i * kTile;
+        A* h = v.h + (r + i) * v.width + item.begin;
+        if (gated)
+          for (int64_t f = 0; f < width; ++f) h[f] = A(T(silu(a[f]) * b[f]));
+        else
+          for (int64_t f = 0; f < width; ++f) h[f] = A(T(relu2(a[f])));
+      }
+    }
+  }
+
+  void down(const Item& item) {
+    const Visit<T>& v = visits_[item.visit];
+    for (int64_t r = 0; r < v.count; r += kRows) {
+      const int64_t rows = std::min(kRows, v.count - r);
+      const A* h[kRows];
+      for (int64_t i = 0; i < rows; ++i) h[i] = v.h + (r + i) * v.width;
+      product_nt(h, rows, v.down + item.begin * v.width, v.width, item.end - item.begin, v.width,
+                 out_.get() + (v.first + r) * p_.D + item.begin, p_.D);
+    }
+  }
+
+  void combine(int64_t t) const {
+    thread_local std::vector<A> sum;
+    sum.assign(p_.D, A(0));
+    const A* weights = p_.expert_weights.at<const A>(first_token_ + t);
+    for (int64_t s = 0; s < p_.k; ++s) {
+      const A* out = out_.get() + place_[t * p_.k + s] * p_.D;
+      for (int64_t d = 0; d < p_.D; ++d) sum[d] += weights[s] * out[d];
+    }
+    if (shared_) {
+      const A* out = out_.get() + (tokens_ * p_.k + t) * p_.D;
+      for (int64_t d = 0; d < p_.D; ++d) sum[d] += out[d];
+    }
+    T* y = p_.y.at<T>(first_token_ + t);
+    for (int64_t d = 0; d < p_.D; ++d) y[d] = T(sum[d]);
+  }
+
+  const ExpertsParams& p_;
+  const bool shared_;
+  const int64_t chunk_;  // tokens at a time
+  int64_t first_token_ = 0, tokens_ = 0;
+  std::unique_ptr<A[]> wide_;      // x of the chunk's tokens in the accumulator dtype
+  std::vector<const A*> row_, x_;  // rows of it (or of x): by token; in expert order, the shared expert last
+  std::vector<int64_t> place_;     // [token, slot] -> row in expert order
+  std::vector<Visit<T>> visits_;
+  std::vector<Item> items_;
+  std::unique_ptr<A[]> h_;    // [row in expert order, width]
+  std::unique_ptr<A[]> out_;  // [row in expert order, D]
+};
+
+}  // namespace
+
+void moe_experts(const ExpertsParams& p) {
+  dispatch_floating(p.dtype, [&]<class T>(std::type_identity<T>) { Experts<T>(p).run(); });
+}
+
+}  // namespace twotower::cpu

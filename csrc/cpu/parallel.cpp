@@ -1,0 +1,137 @@
+#include "parallel.h"
+
+#include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+#include <atomic>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace twotower::cpu {
+namespace {
+
+struct Job {
+  Job(const std::function<void(int64_t, int64_t)>& body, int64_t n, int64_t piece) : body(body), n(n), piece(piece) {}
+
+  const std::function<void(int64_t, int64_t)>& body;
+  const int64_t n, piece;
+  std::atomic<int64_t> next{0};
+  std::exception_ptr error;
+  std::mutex error_mutex;
+
+  void work() {
+    for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < n;) {
+      try {
+        body(begin, std::min(begin + piece, n));
+      } catch (...) {
+        const std::lock_guard lock(error_mutex);
+        if (!error) error = std::current_exception();
+        next.store(n, std::memory_order_relaxed);
+      }
+    }
+  }
+};
+
+thread_local bool inside_pool = false;
+
+// Workers sleep on `epoch`. A job names the workers it wants; each of them takes pieces until none is left.
+class Pool {
+ public:
+  void run(Job& job, int threads) {
+    try {
+      while (static_cast<int>(workers_.size()) < threads - 1) start_worker();
+    } catch (const std::system_error&) {
+      // the system allows no more threads: those there are do the work
+    }
+    job_ = &job;
+    wanted_ = threads - 1;
+    busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    epoch_.fetch_add(1, std::memory_order_release);
+    epoch_.notify_all();
+    job.work();
+    for (int left; (left = busy_.load(std::memory_order_acquire)) != 0;) busy_.wait(left);
+  }
+
+  std::mutex mutex;
+
+ private:
+  void start_worker() {
+    const int id = static_cast<int>(workers_.size());
+    const uint32_t seen = epoch_.load(std::memory_order_relaxed);
+    workers_.emplace_back([this, id, seen] { loop(id, seen); });
+    workers_.back().detach();
+  }
+
+  void loop(int id, uint32_t seen) {
+    inside_pool = true;
+    for (;;) {
+      epoch_.wait(seen, std::memory_order_acquire);
+      seen = epoch_.load(std::memory_order_acquire);
+      if (id < wanted_) job_->work();
+      if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();
+    }
+  }
+
+  std::vector<std::thread> workers_;
+  Job* job_ = nullptr;
+  int wanted_ = 0;
+  std::atomic<uint32_t> epoch_{0};
+  std::atomic<int> busy_{0};
+};
+
+// Leaked on purpose: worker threads outlive static destructors. A forked child has no workers and gets a new pool.
+Pool*& pool() {
+  static Pool* instance = [] {
+    pthread_atfork(nullptr, nullptr, [] {
+      pool() = new Pool;
+      inside_pool = false;
+    });
+    return new Pool;
+  }();
+  return instance;
+}
+
+int processors() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+thread_local int requested_threads = 0;
+
+}  // namespace
+
+void set_num_threads(int n) {
+  requested_threads = n;
+}
+
+int num_threads() {
+  static const int all = processors();
+  return requested_threads > 0 ? requested_threads : all;
+}
+
+void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  if (n <= 0) return;
+  grain = std::max<int64_t>(grain, 1);
+  const int64_t pieces_possible = (n + grain - 1) / grain;
+  const int threads = static_cast<int>(std::min<int64_t>(num_threads(), pieces_possible));
+  if (threads <= 1 || inside_pool) return body(0, n);
+  Pool& p = *pool();
+  const std::unique_lock lock(p.mutex, std::try_to_lock);
+  if (!lock) return body(0, n);
+  // Four pieces a thread even out uneven work without making pieces smaller than the grain.
+  Job job(body, n, std::max(grain, (n + 4 * threads - 1) / (4 * threads)));
+  inside_pool = true;
+  p.run(job, threads);
+  inside_pool = false;
+  if (job.error) std::rethrow_exception(job.error);
+}
+
+}  // namespace twotower::cpu

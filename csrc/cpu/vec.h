@@ -1,0 +1,122 @@
+// One machine vector of accumulators (float or double), loaded from any storage type: GCC and Clang vector extensions,
+// so that the order of every sum is written down and not left to the optimiser.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
+
+#include "half.h"
+
+namespace twotower::cpu {
+namespace {  // compiled into every object that uses it, for that object's instruction set
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+template <class A, int kCount>
+struct VecOf {
+  typedef A type __attribute__((vector_size(kCount * sizeof(A))));
+};
+template <class A>
+constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(A));
+template <class A>
+using Vec = typename VecOf<A, kLanes<A>>::type;
+
+template <class A>
+Vec<A> splat(A value) {
+  return value - Vec<A>{};  // x - 0 is x for every x, NaN and -0 included
+}
+
+template <class V>
+V load_bits(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline Vec<float> load(const float* from) {
+  return load_bits<Vec<float>>(from);
+}
+inline Vec<double> load(const double* from) {
+  return load_bits<Vec<double>>(from);
+}
+
+inline Vec<float> load(const bfloat16* from) {
+  const auto raw = load_bits<VecOf<uint16_t, kLanes<float>>::type>(from);
+  return (Vec<float>)(__builtin_convertvector(raw, Vec<uint32_t>) << 16);
+}
+
+inline Vec<float> load(const float16* from) {  // the arithmetic of float16::operator float
+  const auto raw = load_bits<VecOf<uint16_t, kLanes<float>>::type>(from);
+  const auto bits = __builtin_convertvector(raw, Vec<uint32_t>);
+  const Vec<uint32_t> magnitude = (bits & 0x7fff) << 13;
+  const auto special = (Vec<uint32_t>)((bits & 0x7c00) == 0x7c00);
+  const auto finite = (Vec<uint32_t>)((Vec<float>)magnitude * 0x1p112f);
+  return (Vec<float>)(((bits & 0x8000) << 16) | (finite & ~special) | ((magnitude | 0x7f800000) & special));
+}
+
+// The first `count` of a vector's elements; the others are 0.
+template <class T>
+auto load_part(const T* from, int64_t count) {
+  T padded[kLanes<acc_t<T>>];
+  std::memset(padded, 0, sizeof padded);
+  std::memcpy(padded, from, count * sizeof(T));
+  return load(padded);
+}
+
+template <class A>
+void store(A* to, Vec<A> v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+// a * b + c, fused wherever the instruction set can, whatever the compiler's contraction setting.
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return c + a * b;
+#endif
+}
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_pd(a, b, c);
+#else
+  return c + a * b;
+#endif
+}
+
+// The sum of all lanes, always by halves: the upper half is added to the lower one until one lane is left. Each step
+// has a vector type of its own, so no optimisation can reorder it.
+template <class A, int kCount = kLanes<A>>
+A sum_lanes(typename VecOf<A, kCount>::type v) {
+  if constexpr (kCount == 2) {
+    return v[0] + v[1];
+  } else {
+    using Half = typename VecOf<A, kCount / 2>::type;
+    Half half[2];
+    std::memcpy(half, &v, sizeof half);
+    return sum_lanes<A, kCount / 2>(half[0] + half[1]);
+  }
+}
+
+template <class A>
+A max_lanes(Vec<A> v) {
+  A best = v[0];
+  for (int i = 1; i < kLanes<A>; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+}  // namespace
+}  // namespace twotower::cpu

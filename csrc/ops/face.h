@@ -1,0 +1,20 @@
+// What an op needs from the face that called it (torch or DLPack): memory for results, and where to run.
+#pragma once
+
+#include <initializer_list>
+
+#include "../tensor_view.h"
+
+namespace twotower {
+
+class Face {
+ public:
+  // A new contiguous, uninitialised tensor on `device`; `slot` is its place among the op's results.
+  virtual TensorView output(int slot, DType dtype, Device device, std::initializer_list<int64_t> shape) = 0;
+  virtual void* stream() const { return nullptr; }  // the CUDA stream to enqueue on
+
+ protected:
+  ~Face() = default;
+};
+
+}  // namespace twotower

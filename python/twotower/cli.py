@@ -1,0 +1,295 @@
+"""The command line: `twotower generate`, `twotower info`, `twotower doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from twotower.display import NO_BREAK, Decode, LiveDisplay, TokenText, printable, supports_live
+
+if TYPE_CHECKING:
+    from twotower.decode import GenerateOutput, Step
+
+MODES = ("mask_diffusion", "mock_ar", "ar")
+DTYPES = ("float32", "bfloat16", "float16")
+MASK_TOKEN_ID = 3
+SETTINGS = (
+    "mode", "max_new_tokens", "block_size", "steps_per_block", "confidence_threshold", "temperature", "top_k", "top_p",
+    "eos_token_id", "seed",
+)  # fmt: skip
+INTERRUPTED, BROKEN_PIPE = 130, 141  # what a shell reports for SIGINT and SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status: 0, 1 (doctor: something is wrong), 2 (bad input), 130 or 141."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a generation
+    try:
+        arguments = _parser().parse_args(argv)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        return BROKEN_PIPE
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError, OverflowError) as error:
+        print(f"twotower: error: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message without line breaks, shortened; its type where it has no message."""
+    return textwrap.shorten(str(error), 600, placeholder=" ...") or type(error).__name__
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="twotower", description="Two-tower diffusion language models: generate, inspect, check.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    generate = commands.add_parser("generate", help="continue a prompt, block by block or token by token")
+    generate.add_argument("model", metavar="MODEL", type=Path, help="checkpoint directory: config.json and safetensors")
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; the checkpoint needs a tokenizer.json")
+    prompt.add_argument("--prompt-ids", metavar="5,6,7", type=_token_ids, help="token ids to continue")
+    generate.add_argument("--mode", choices=MODES, default="mask_diffusion", help="default: %(default)s")
+    _add_number(generate, "--max-new-tokens", int, 128, "where to stop without an end-of-sequence token")
+    _add_number(generate, "--block-size", int, 16, "tokens denoised together")
+    _add_number(generate, "--steps-per-block", int, 16, "most denoiser evaluations a block may take")
+    _add_number(generate, "--confidence-threshold", float, 0.8, "predictions more probable than this are committed")
+    _add_number(generate, "--temperature", float, 0.0, "0 takes the most probable token, more samples")
+    _add_number(generate, "--top-k", int, 0, "sample among the k most probable tokens; 0 among all")
+    _add_number(generate, "--top-p", float, 1.0, "sample among the most probable tokens that reach this mass")
+    _add_number(generate, "--seed", int, 0, "of the sampling")
+    generate.add_argument(
+        "--eos-token-id", metavar="N", type=_eos, default=2, help="token that ends the text, or none (default: 2)"
+    )
+    generate.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there are device and kernels)")
+    generate.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: as stored)")
+    generate.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    generate.set_defaults(run=_generate)
+
+    info = commands.add_parser("info", help="architecture, parameters and memory, from config.json alone")
+    info.add_argument("model", metavar="MODEL", type=Path, help="checkpoint directory or config.json")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.set_defaults(run=_info)
+
+    doctor = commands.add_parser("doctor", help="versions and devices; runs every op against its reference")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from twotower import __version__
+
+        print(f"twotower {__version__}")
+        parser.exit()
+
+
+def _add_number(
+    parser: argparse.ArgumentParser, name: str, kind: type[int] | type[float], default: float, meaning: str
+) -> None:
+    parser.add_argument(
+        name, metavar="N" if kind is int else "X", type=kind, default=default, help=f"{meaning} (default: {default})"
+    )
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers separated by commas, got {text!r}") from None
+
+
+def _eos(text: str) -> int | None:
+    try:
+        return None if text.lower() == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer or none, got {text!r}") from None
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    import twotower
+
+    if not arguments.model.is_dir():
+        raise FileNotFoundError(f"{arguments.model}: no such directory")
+    config = twotower.Config.from_json(arguments.model / "config.json")
+    tokenizer = _tokenizer(arguments.model / "tokenizer.json")
+    prompt = _prompt(arguments, tokenizer, config.vocab_size)
+    device = arguments.device or _default_device()
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    model = twotower.load(arguments.model, device, dtype=dtype)
+
+    live = not arguments.json and supports_live(sys.stdout)
+    follower = _follow(arguments, tokenizer, prompt, config.vocab_size) if live else None
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    with follower.display if follower else nullcontext():
+        out = twotower.generate(model, [prompt], mask_token_id=MASK_TOKEN_ID, on_step=follower, **settings)
+        if follower:
+            follower.finish(out.tokens[0])
+
+    tokens = out.tokens[0]
+    text = tokenizer.decode(tokens) if tokenizer else None
+    if arguments.json:
+        print(_as_json(out, text, settings | {"device": str(device), "dtype": str(model.dtype).split(".")[-1]}))
+        return 0
+    if not follower:
+        plain = " ".join(map(str, tokens)) if text is None else text
+        print(printable(plain) if sys.stdout.isatty() else plain, flush=True)
+    print(
+        f"{len(tokens)} tokens in {out.seconds:.2f} s: {out.tokens_per_second:.1f} tokens/s, "
+        f"NFE {out.nfe[0]}, {out.tokens_per_nfe:.2f} tokens/NFE",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _as_json(out: GenerateOutput, text: str | None, settings: dict[str, Any]) -> str:
+    result: dict[str, Any] = {"mode": settings.pop("mode"), "tokens": out.tokens[0]}
+    if text is not None:
+        result["text"] = text
+    result |= {
+        "nfe": out.nfe[0],
+        "seconds": out.seconds,
+        "tokens_per_second": out.tokens_per_second,
+        "tokens_per_nfe": out.tokens_per_nfe,
+        "settings": settings,
+    }
+    return json.dumps(result)
+
+
+def _tokenizer(path: Path) -> Any:
+    """The `tokenizers.Tokenizer` stored at `path`, None where there is no such file."""
+    if not path.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing more specific
+        raise ValueError(f"{path}: not a tokenizer: {error}") from None
+
+
+def _prompt(arguments: argparse.Namespace, tokenizer: Any, vocab_size: int) -> list[int]:
+    if arguments.prompt_ids is not None:
+        ids = arguments.prompt_ids
+    elif not arguments.prompt:
+        raise ValueError("--prompt must not be empty")
+    elif tokenizer is None:
+        raise ValueError(f"--prompt needs {arguments.model / 'tokenizer.json'}, which is missing; use --prompt-ids")
+    else:
+        ids = tokenizer.encode(arguments.prompt).ids
+    if not ids:
+        raise ValueError("--prompt gives no tokens")
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"the prompt's token ids must be in [0, {vocab_size}), got {token}")
+    return ids
+
+
+def _default_device() -> str:
+    """CUDA where there is a device and this build has a kernel of every op for it, else the CPU."""
+    import torch
+
+    import twotower_ext
+    from twotower_ext.registry import OPS
+
+    kernels = twotower_ext.build_info()["cuda"] and all(row.cuda for row in OPS.values())
+    return "cuda" if kernels and torch.cuda.is_available() else "cpu"
+
+
+def _follow(arguments: argparse.Namespace, tokenizer: Any, prompt: list[int], vocab_size: int) -> _Follower:
+    from twotower.decode import NOTHING_YET
+
+    undecided = MASK_TOKEN_ID if arguments.mode == "mask_diffusion" else NOTHING_YET
+    digits = len(str(vocab_size - 1))
+    glyph = "░" if _can_encode("░") else "."
+    decode: Decode
+    if tokenizer:
+        decode, mask = tokenizer.decode, f" {glyph * 3}"  # words bring the space before them
+    else:
+        decode, mask = lambda ids: "".join(f"{token:{NO_BREAK}>{digits}} " for token in ids), f"{glyph * digits} "
+    return _Follower(LiveDisplay(sys.stdout, TokenText(decode, prompt), mask), undecided, arguments)
+
+
+def _can_encode(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _Follower:
+    """Shows the steps of a generation of one row on a live display."""
+
+    def __init__(self, display: LiveDisplay, undecided: int, arguments: argparse.Namespace):
+        self.display = display
+        self._undecided = undecided  # the id that marks a masked position
+        self._arguments = arguments
+        self._begin = time.perf_counter()
+        self._settled = 0  # tokens that the display has printed for good
+        self._block: list[int] = []  # the block in work
+
+    def __call__(self, step: Step) -> None:
+        if step.start > self._settled:
+            self.display.settle(self._block)
+            self._settled = step.start
+        self._block = step.block_after
+        shown = [None if token == self._undecided else token for token in self._block]
+        self.display.show(shown, step.committed, self._status(step, shown), self._arguments.eos_token_id)
+
+    def finish(self, tokens: Sequence[int]) -> None:
+        """Replace the block in work by what `generate` returned of it."""
+        self.display.settle(tokens[self._settled :], final=True)
+
+    def _status(self, step: Step, shown: Sequence[int | None]) -> str:
+        options = self._arguments
+        committed = len(shown) - shown.count(None)
+        speed = (step.start + committed) / (time.perf_counter() - self._begin)
+        if options.mode != "mask_diffusion":
+            return f"token {step.start + 1}/{options.max_new_tokens}, {speed:.1f} tokens/s"
+        blocks = math.ceil(options.max_new_tokens / options.block_size)
+        return (
+            f"block {step.block_index + 1}/{blocks}, step {step.step + 1}/{options.steps_per_block}, "
+            f"{committed}/{len(shown)} committed, {speed:.1f} tokens/s"
+        )
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from twotower import Config
+    from twotower.info import describe, table
+
+    path = arguments.model
+    config = Config.from_json(path / "config.json" if path.is_dir() else path)
+    print(json.dumps(describe(config)) if arguments.json else table(config))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from twotower.doctor import examine
+
+    problems = examine()
+    for problem in problems:
+        print(f"twotower: error: {problem}", file=sys.stderr)
+    return 1 if problems else 0

@@ -1,0 +1,135 @@
+"""What the context tower remembers of its tokens. States are values: every operation returns a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twotower.config import ATTENTION, MAMBA, Config
+
+
+@dataclass(frozen=True, eq=False)
+class LayerState:
+    """One layer's memory; None where the layer's kind has none.
+
+    conv (B, conv_dim, K): the last K raw xBC rows, oldest first, zeros before the first token.
+    ssm (B, H, P, N): the recurrent state, float32 (float64 in a float64 model).
+    k, v (B, Hkv, T, head dim): keys and values, padded to the longest row.
+    """
+
+    conv: Tensor | None = None
+    ssm: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LayerState:
+        """Applies `change` to every tensor present."""
+        tensors = (self.conv, self.ssm, self.k, self.v)
+        return LayerState(*(None if tensor is None else change(tensor) for tensor in tensors))
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The context tower's state of B rows: tokens consumed, `lengths` (B,) int32, and every layer's memory."""
+
+    lengths: Tensor
+    layers: tuple[LayerState, ...]
+
+    @staticmethod
+    def empty(config: Config, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        """The state of `batch_size` rows before any token."""
+        acc = accumulation_dtype(dtype)
+        conv = (batch_size, config.conv_dim, config.conv_kernel)
+        ssm = (batch_size, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+        keys = (batch_size, config.num_key_value_heads, 0, config.head_dim)
+
+        def layer(kind: str) -> LayerState:
+            if kind == MAMBA:
+                return LayerState(
+                    conv=torch.zeros(conv, device=device, dtype=dtype),
+                    ssm=torch.zeros(ssm, device=device, dtype=acc),
+                )
+            if kind == ATTENTION:
+                return LayerState(
+                    k=torch.zeros(keys, device=device, dtype=dtype),
+                    v=torch.zeros(keys, device=device, dtype=dtype),
+                )
+            return LayerState()
+
+        lengths = torch.zeros(batch_size, device=device, dtype=torch.int32)
+        return State(lengths, tuple(layer(kind) for kind in config.hybrid_override_pattern))
+
+    @property
+    def batch_size(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.lengths.device
+
+    def to(self, device: torch.device) -> State:
+        """The state on `device`; itself where it is there already."""
+        if self.device == device:
+            return self
+        layers = tuple(layer.map(lambda tensor: tensor.to(device)) for layer in self.layers)
+        return State(self.lengths.to(device), layers)
+
+    def select(self, rows: Sequence[int]) -> State:
+        """The given rows in the given order; itself for all in order. Keys shrink to the longest row left."""
+        if list(rows) == list(range(self.batch_size)):
+            return self
+        index = torch.tensor(rows, device=self.device, dtype=torch.long)
+        lengths = self.lengths[index]
+        longest = int(lengths.max()) if len(rows) else 0
+
+        def pick(layer: LayerState) -> LayerState:
+            picked = layer.map(lambda tensor: tensor[index])
+            if picked.k is None or picked.v is None:
+                return picked
+            return LayerState(k=picked.k[:, :, :longest].contiguous(), v=picked.v[:, :, :longest].contiguous())
+
+        return State(lengths, tuple(pick(layer) for layer in self.layers))
+
+    @staticmethod
+    def concatenate(states: Sequence[State]) -> State:
+        """All rows of all states, one after the other; shorter keys are padded to the longest row."""
+        if len(states) == 1:
+            return states[0]
+        layers = tuple(_concatenate_layers(layers) for layers in zip(*(state.layers for state in states), strict=True))
+        return State(torch.cat([state.lengths for state in states]), layers)
+
+
+def _concatenate_layers(layers: Sequence[LayerState]) -> LayerState:
+    def join(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(present) if present else None
+
+    def join_keys(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        longest = max((tensor.shape[2] for tensor in tensors if tensor is not None), default=0)
+        return join([None if t is None else F.pad(t, (0, 0, 0, longest - t.shape[2])) for t in tensors])
+
+    return LayerState(
+        conv=join([layer.conv for layer in layers]),
+        ssm=join([layer.ssm for layer in layers]),
+        k=join_keys([layer.k for layer in layers]),
+        v=join_keys([layer.v for layer in layers]),
+    )
+
+
+def append_keys(cache: Tensor, new: Tensor, lengths: Tensor) -> Tensor:
+    """Appends each row's new keys (or values) behind its own last one.
+
+    cache (B, Hkv, T, d) holding lengths (B,) positions a row, new (B, Hkv, L, d) -> (B, Hkv, T + L, d).
+    """
+    added = new.shape[2]
+    positions = lengths.long()[:, None] + torch.arange(added, device=new.device)
+    return F.pad(cache, (0, 0, 0, added)).scatter(2, positions[:, None, :, None].expand_as(new), new)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of recurrent states, decay parameters, router and logits in a model of the given dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,184 @@
+"""Strict loading of a checkpoint: `config.json` beside one safetensors file, or an index and its shards."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from twotower.config import Config, Shape, read_json
+from twotower.towers import DTYPES, TwoTowerModel
+
+_STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    *,
+    context_device: str | torch.device | None = None,
+    denoiser_device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    time_dtype: torch.dtype | None = None,
+    progress: bool | None = None,
+) -> TwoTowerModel:
+    """Loads the model of a checkpoint directory, tower by tower, tensor by tensor, straight to its device and
+    dtype.
+
+    path: directory with `config.json` and `model.safetensors`, or `model.safetensors.index.json` and its
+        shards (the index wins where both are there).
+    device: where both towers go, "cpu" when None; context_device and denoiser_device override it tower by
+    tower. dtype: float32, bfloat16, float16 or float64; None keeps the dtype in which the embeddings are
+        stored. Recurrence and router parameters become float32 (float64 in a float64 model) in any case.
+    time_dtype: torch.bfloat16 reproduces the publisher's rounding of the time features; None is float32.
+    progress: a progress bar on stderr; None shows it only on a terminal.
+
+    All names, shapes and dtypes are checked before any memory is taken. Raises FileNotFoundError for a
+    missing directory or file, TypeError for an argument or config field of the wrong type, and ValueError for
+    a damaged file, an index that leaves the directory or does not tell the truth, and missing, extra,
+    repeated or mis-shaped tensors, each by name.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"load: path must be a path, got {type(path).__name__}")
+    for name, value in (("dtype", dtype), ("time_dtype", time_dtype)):
+        if value is not None and not isinstance(value, torch.dtype):
+            raise TypeError(f"load: {name} must be a torch.dtype or None, got {value!r}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"load: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    context_at = _usable_device("context_device", context_device if context_device is not None else device)
+    denoiser_at = _usable_device("denoiser_device", denoiser_device if denoiser_device is not None else device)
+    directory = Path(path)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such directory")
+
+    config = Config.from_json(directory / "config.json")
+    source, files = _open_checkpoint(directory)
+    _check_tensors(source, files, config.parameter_shapes())
+    if dtype is None:
+        dtype = _STORED_DTYPES[files["context_tower.embeddings.weight"].stored_dtype("context_tower.embeddings.weight")]
+
+    model = TwoTowerModel(
+        config, context_device=context_at, denoiser_device=denoiser_at, dtype=dtype, time_dtype=time_dtype
+    )
+    _fill(model, files, progress)
+    return model.eval()
+
+
+class _File:
+    """An opened safetensors file; everything wrong with it becomes a ValueError that names it."""
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        self.path = path
+        try:
+            self.handle = safe_open(path, "pt")
+            self.names = set(self.handle.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a complete safetensors file: {error}") from None
+
+    def shape(self, name: str) -> Shape:
+        return tuple(self.handle.get_slice(name).get_shape())
+
+    def stored_dtype(self, name: str) -> str:
+        return str(self.handle.get_slice(name).get_dtype())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.handle.get_tensor(name)
+
+
+def _usable_device(name: str, device: Any) -> torch.device:
+    if device is None:
+        return torch.device("cpu")
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"load: {name} must be a string or torch.device, got {type(device).__name__}")
+    try:
+        usable = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"load: {name} must name a device such as 'cpu' or 'cuda:0', got {device!r}") from None
+    if usable.type == "cuda":
+        count = torch.cuda.device_count()
+        index = usable.index if usable.index is not None else 0
+        if index >= count:
+            raise ValueError(f"load: {name} must be a device of this machine, got {device} of {count} CUDA devices")
+        return torch.device("cuda", index)
+    if usable.type != "cpu":
+        raise ValueError(f"load: {name} must be a CPU or CUDA device, got {device}")
+    return torch.device("cpu")
+
+
+def _open_checkpoint(directory: Path) -> tuple[Path, dict[str, _File]]:
+    """(the file that lists the tensors, tensor name -> opened file that holds it)."""
+    index = directory / INDEX
+    if index.exists():
+        return index, _open_shards(directory, index)
+    single = _File(directory / SINGLE)
+    return single.path, dict.fromkeys(single.names, single)
+
+
+def _open_shards(directory: Path, index: Path) -> dict[str, _File]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index}: 'weight_map' must map tensor names to file names")
+    root = directory.resolve()
+    shards: dict[str, _File] = {}
+    for shard in sorted(set(weight_map.values())):
+        # The file itself may be a link (download caches link every file); the folder it lies in may not lead outside.
+        if Path(shard).name in ("", "..") or not (root / shard).parent.resolve().is_relative_to(root):
+            raise ValueError(f"{index}: shard {shard!r} must lie inside the directory")
+        shards[shard] = _File(directory / shard)
+
+    for name, shard in weight_map.items():
+        if name not in shards[shard].names:
+            raise ValueError(f"{index}: says that {shard} holds {name!r}, but it does not")
+    for shard, file in shards.items():
+        for name in sorted(file.names):
+            if name not in weight_map:
+                raise ValueError(f"{file.path}: holds {name!r}, which {INDEX} does not list")
+            if weight_map[name] != shard:
+                raise ValueError(f"{file.path}: holds {name!r}, which overlaps with the one in {weight_map[name]}")
+    return {name: shards[shard] for name, shard in weight_map.items()}
+
+
+def _check_tensors(source: Path, files: Mapping[str, _File], shapes: Mapping[str, Shape]) -> None:
+    if missing := [name for name in shapes if name not in files]:
+        raise ValueError(f"{source}: lacks {_listed(missing)}, which config.json calls for")
+    if extra := sorted(name for name in files if name not in shapes):
+        raise ValueError(f"{source}: holds {_listed(extra)}, which config.json does not call for")
+    for name, expected in shapes.items():
+        file = files[name]
+        if file.shape(name) != expected:
+            raise ValueError(f"{file.path}: {name!r} must have shape {expected}, got {file.shape(name)}")
+        if file.stored_dtype(name) not in _STORED_DTYPES:
+            raise ValueError(
+                f"{file.path}: {name!r} must be one of {', '.join(_STORED_DTYPES)}, got {file.stored_dtype(name)}"
+            )
+
+
+def _listed(names: Iterable[str]) -> str:
+    listed = list(names)
+    rest = len(listed) - 8
+    return ", ".join(map(repr, listed[:8])) + (f" and {rest} more" if rest > 0 else "")
+
+
+@torch.no_grad()
+def _fill(model: TwoTowerModel, files: Mapping[str, _File], progress: bool | None) -> None:
+    views = model.checkpoint_views()
+    total = sum(math.prod(view.shape) * view.element_size() for view in views.values())
+    disabled = None if progress is None else not progress
+    with tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=disabled) as bar:
+        for name, view in views.items():
+            try:
+                view.copy_(files[name].tensor(name))
+            except SafetensorError as error:
+                raise ValueError(f"{files[name].path}: {name!r} cannot be read: {error}") from None
+            bar.update(math.prod(view.shape) * view.element_size())

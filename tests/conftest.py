@@ -1,0 +1,65 @@
+"""Shared fixtures: the golden tensors, and the count of how many of them the run has covered."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+GOLDEN_DIR = Path(__file__).parent / "golden"
+
+
+class Golden:
+    """The tensors of `tests/golden`, by name; remembers which ones a test has read."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.checkpoint = directory / "checkpoint"
+        self.manifest = json.loads((directory / "manifest.json").read_text())
+        self.file_of = {t["name"]: t["file"] for t in self.manifest["tensors"]}
+        self.cases = {c["name"]: c for c in self.manifest["generation_cases"]}
+        self.read: set[str] = set()
+
+    @cached_property
+    def _files(self):
+        return {f: safe_open(self.directory / f, "pt") for f in sorted(set(self.file_of.values()))}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file_of
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.read.add(name)
+        return self._files[self.file_of[name]].get_tensor(name)
+
+    def names(self, prefix: str = "") -> list[str]:
+        return [name for name in self.file_of if name.startswith(prefix)]
+
+    def unread(self) -> list[str]:
+        return sorted(set(self.file_of) - self.read)
+
+
+GOLDEN = Golden(GOLDEN_DIR)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    return GOLDEN
+
+
+def pytest_collection_modifyitems(items):
+    """The completeness test reads what all others have covered, so it runs last."""
+    items.sort(key=lambda item: item.name == "test_golden_suite_is_complete")
+
+
+def pytest_terminal_summary(terminalreporter):
+    total = Counter(Path(f).stem for f in GOLDEN.file_of.values())
+    seen = Counter(Path(GOLDEN.file_of[name]).stem for name in GOLDEN.read)
+    if seen:
+        terminalreporter.section("golden tensors covered")
+        for section, count in total.items():
+            terminalreporter.write_line(f"{section:10s} {seen[section]:5d} of {count}")

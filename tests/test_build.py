@@ -1,0 +1,119 @@
+"""The build: what it refuses, and (marked) every way of installing in a fresh environment."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LONGEST_BUILD = 180  # seconds, on two cores
+
+
+@pytest.fixture(scope="module")
+def setup_py():
+    spec = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_old_torch_is_refused(setup_py, tmp_path, monkeypatch):
+    (tmp_path / "version.py").write_text("__version__ = '2.10.1'\n")
+    monkeypatch.setenv("TORCH_ROOT", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"needs torch >= 2\.11, found 2\.10"):
+        setup_py.torch_root()
+
+
+def test_a_missing_torch_is_named(setup_py, tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCH_ROOT", raising=False)
+    monkeypatch.setattr(setup_py.sysconfig, "get_path", lambda kind: str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"torch >= 2\.11 must be installed first"):
+        setup_py.torch_root()
+
+
+def test_torch_is_found_without_importing_it(setup_py):
+    assert (setup_py.torch_root() / "include" / "torch" / "csrc" / "stable" / "library.h").exists()
+    assert "import torch" not in (ROOT / "setup.py").read_text()
+
+
+def test_jobs_follow_the_environment_and_free_memory(setup_py, monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", "7")
+    assert setup_py.jobs() == 7
+    monkeypatch.delenv("MAX_JOBS")
+    page = os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(setup_py.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.setattr(setup_py.os, "sysconf", lambda name: page if name == "SC_PAGE_SIZE" else 4 * 2**30 // page)
+    assert setup_py.jobs() == 2
+
+
+def configure(tmp_path: Path, *options: str) -> subprocess.CompletedProcess:
+    torch_root = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.__path__[0])"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-DTORCH_ROOT={torch_root}", *options]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
+
+
+def test_cmake_refuses_an_unknown_cuda_setting(tmp_path):
+    done = configure(tmp_path, "-DTWOTOWER_CUDA=MAYBE")
+    assert done.returncode != 0
+    assert "TWOTOWER_CUDA must be AUTO, ON or OFF, got MAYBE" in done.stderr
+
+
+def test_cmake_refuses_a_folder_without_torch(tmp_path):
+    done = configure(tmp_path, "-DTORCH_ROOT=/nowhere")
+    assert done.returncode != 0
+    assert "TORCH_ROOT must be the folder of an installed torch" in done.stderr
+
+
+USE = (
+    "import torch, twotower, twotower_ext; from twotower_ext.registry import OPS; "
+    "s = OPS['moe_experts'].samples()[1]; OPS['moe_experts'].op(*s.args, **s.kwargs); "
+    "print(twotower_ext.build_info()['cuda'])"
+)
+
+
+@pytest.fixture(scope="module")
+def copy_of_the_tree(tmp_path_factory) -> Path:
+    """What git tracks, elsewhere: a build must not depend on files nobody committed."""
+    target = tmp_path_factory.mktemp("source")
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target / name)
+    return target
+
+
+@pytest.mark.build
+@pytest.mark.parametrize(
+    ("arguments", "cmake_args"),
+    [([], ""), (["--no-build-isolation"], "-DTWOTOWER_CUDA=OFF"), (["-e"], "-DTWOTOWER_CUDA=OFF")],
+    ids=["isolated", "not isolated, no CUDA", "editable"],
+)
+def test_installs(arguments: list[str], cmake_args: str, copy_of_the_tree: Path, tmp_path: Path):
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    requirements = ["-r", ROOT / "requirements-dev.txt"] if "--no-build-isolation" in arguments else ["torch==2.13.0"]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
+    environment = {**os.environ, "CMAKE_ARGS": cmake_args}
+    environment["PATH"] = os.pathsep.join([str(python.parent), os.environ["PATH"]])
+    started = time.monotonic()
+    install = [python, "-m", "pip", "install", "--verbose", *arguments, str(copy_of_the_tree)]
+    done = subprocess.run(install, capture_output=True, text=True, env=environment)
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "[1/" in done.stdout, "one line a compile step"
+    used = subprocess.run([python, "-c", USE], cwd=tmp_path, capture_output=True, text=True)
+    assert used.returncode == 0, used.stderr
+    if "OFF" in cmake_args:
+        assert used.stdout.strip() == "False"
+    assert seconds < LONGEST_BUILD

@@ -1,0 +1,172 @@
+"""On a GPU: every op that has a CUDA kernel, on the caller's stream and device, under graph capture, on any layout.
+
+`make gpu` runs these; `make test` leaves them out, so a machine without a GPU never reports them as passed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from twotower_ext import build_info, ops
+from twotower_ext.registry import CUDA_DTYPES, OPS, compare
+
+pytestmark = pytest.mark.gpu
+
+on_gpu = [name for name, row in OPS.items() if row.cuda]
+every_dtype = pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def to_cpu(results: Any) -> Any:
+    return tuple(None if r is None else r.cpu() for r in results) if isinstance(results, tuple) else results.cpu()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", on_gpu)
+@every_dtype
+def test_equals_reference(name: str, dtype: torch.dtype):
+    row = OPS[name]
+    for on_device, on_host in zip(row.samples("cuda", dtype), row.samples("cpu", dtype), strict=True):
+        actual = to_cpu(row.op(*on_device.args, **on_device.kwargs))
+        expected = row.reference(*on_host.args, **on_host.kwargs)
+        difference = compare(actual, expected, row.tolerance[dtype])
+        assert difference is None, f"{on_device.name}: {difference}"
+
+
+def real_inputs(rows: int = 4096, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """rms_norm at the real model's width, everything folded in."""
+    generator = torch.Generator().manual_seed(0)
+    batch, width = 2, 2688
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    kwargs = dict(
+        delta=normal(batch, rows // batch, width), gate=normal(batch, width),
+        shift=normal(batch, width), scale=normal(batch, width), modulate="after",
+    )  # fmt: skip
+    return normal(batch, rows // batch, width), normal(width), kwargs
+
+
+def cuda(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.cuda() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+
+
+@every_dtype
+def test_rms_norm_at_the_real_width_equals_the_cpu(dtype: torch.dtype):
+    x, w, kwargs = real_inputs(dtype=dtype)
+    expected = ops.rms_norm(x, w, **kwargs)
+    actual = to_cpu(ops.rms_norm(x.cuda(), w.cuda(), **cuda(kwargs)))
+    assert compare(actual, expected, OPS["rms_norm"].tolerance[dtype]) is None
+    assert compare(actual, to_cpu(ops.rms_norm(x.cuda(), w.cuda(), **cuda(kwargs))), (0, 0)) is None, "repeatable"
+
+
+def test_strided_and_unaligned_inputs():
+    x, w, kwargs = real_inputs(64)
+    expected = ops.rms_norm(x, w, **kwargs)[0]
+    wide = torch.full((*x.shape[:2], x.shape[2] + 3), torch.nan, dtype=x.dtype, device="cuda")
+    for offset in range(4):  # offsets 1 to 3 break the 16-byte alignment
+        view = wide[..., offset : offset + x.shape[2]].copy_(x) if offset < 4 else None
+        actual = ops.rms_norm(view, w.cuda(), **cuda(kwargs))[0].cpu()
+        assert compare(actual, expected, OPS["rms_norm"].tolerance[x.dtype]) is None, offset
+    transposed = x.cuda().transpose(0, 1).contiguous().transpose(0, 1)
+    assert compare(ops.rms_norm(transposed, w.cuda(), **cuda(kwargs))[0].cpu(), expected, (8e-3, 8e-3)) is None
+    last = x.cuda().transpose(1, 2).contiguous().transpose(1, 2)
+    assert compare(ops.rms_norm(last, w.cuda(), **cuda(kwargs))[0].cpu(), expected, (8e-3, 8e-3)) is None
+
+
+def test_runs_on_the_current_stream():
+    """Work queued before it on the caller's stream is seen, though the stream is busy for milliseconds."""
+    x, w, _ = real_inputs(4096)
+    x, w = x.cuda(), w.cuda()
+    expected = ops.rms_norm(x * 3, w)[0]
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        y = torch.zeros_like(x)
+        torch.cuda._sleep(50_000_000)
+        y.copy_(x * 3)
+        actual = ops.rms_norm(y, w)[0]
+    assert not stream.query(), "the call must not wait for the stream"
+    stream.synchronize()
+    assert torch.equal(actual, expected)
+
+
+def test_graph_capture():
+    x, w, kwargs = real_inputs(256)
+    x, w, kwargs = x.cuda(), w.cuda(), cuda(kwargs)
+    torch.use_deterministic_algorithms(False)
+    ops.rms_norm(x, w, **kwargs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        normed, h = ops.rms_norm(x, w, **kwargs)
+    for factor in (1.0, -2.0):
+        x.mul_(factor)
+        graph.replay()
+        expected = ops.rms_norm(x, w, **kwargs)
+        assert torch.equal(normed, expected[0])
+        assert torch.equal(h, expected[1])
+
+
+def test_the_device_of_the_tensors_is_used():
+    """On a machine with one GPU: an explicit index is the same device, and the current device is left alone."""
+    last = torch.cuda.device_count() - 1
+    x, w, _ = real_inputs(16)
+    before = torch.cuda.current_device()
+    actual = ops.rms_norm(x.to(f"cuda:{last}"), w.to(f"cuda:{last}"))[0]
+    assert actual.device.index == last
+    assert torch.cuda.current_device() == before
+    assert compare(actual.cpu(), ops.rms_norm(x, w)[0], OPS["rms_norm"].tolerance[x.dtype]) is None
+
+
+def test_gradients_on_the_gpu():
+    gradients = []
+    for device in ("cpu", "cuda"):
+        x, w, kwargs = real_inputs(16, torch.float32)
+        leaves = {k: v.to(device).requires_grad_() for k, v in dict(x=x, weight=w, **kwargs).items() if k != "modulate"}
+        normed, h = ops.rms_norm(**leaves, modulate="after")
+        (normed.sin().sum() + h.cos().sum()).backward()
+        gradients.append([t.grad.cpu() for t in leaves.values()])
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_mixed_devices_are_refused():
+    x, w, _ = real_inputs(16)
+    with pytest.raises(ValueError, match=r"rms_norm: weight must be on cuda:0 with x, got cpu"):
+        ops.rms_norm(x.cuda(), w)
+    with pytest.raises(ValueError, match=r"rms_norm: .* must be on"):
+        ops.rms_norm(x, w.cuda())
+
+
+def test_float64_is_refused():
+    with pytest.raises(ValueError, match="rms_norm: x must be float32, bfloat16 or float16 on CUDA, got float64"):
+        ops.rms_norm(torch.ones(1, 1, 8, device="cuda").double(), torch.ones(8, device="cuda").double())
+
+
+@pytest.mark.parametrize("name", [name for name, row in OPS.items() if not row.cuda])
+def test_an_op_without_a_kernel_says_so(name: str):
+    major, minor = torch.cuda.get_device_capability()
+    sample = OPS[name].samples("cuda")[1]
+    with pytest.raises(RuntimeError, match=rf"^{name}: no CUDA kernel for cuda:0 \(sm_{major}{minor}\)"):
+        OPS[name].op(*sample.args, **sample.kwargs)
+
+
+def test_the_build_has_code_for_this_gpu():
+    major, minor = torch.cuda.get_device_capability()
+    facts = build_info()
+    assert facts["cuda"]
+    assert (
+        f"sm_{major}{minor}" in {a.rstrip("a") for a in facts["architectures"]}
+        or "compute_80" in facts["architectures"]
+    )

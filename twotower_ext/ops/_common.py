@@ -1,0 +1,103 @@
+"""What all op wrappers share: argument types, fake kernels, gradients by recomputation."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_types(
+    op: str,
+    *,
+    tensors: dict[str, Any] | None = None,
+    optional: dict[str, Any] | None = None,
+    ints: dict[str, Any] | None = None,
+    floats: dict[str, Any] | None = None,
+    bools: dict[str, Any] | None = None,
+    strings: dict[str, Any] | None = None,
+) -> None:
+    """Raises TypeError for the first argument that is not of its type."""
+    for name, value in (tensors or {}).items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    for name, value in (optional or {}).items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor or None, got {type(value).__name__}")
+    for name, value in (ints or {}).items():
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    for name, value in (floats or {}).items():
+        if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    for name, value in (bools or {}).items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+    for name, value in (strings or {}).items():
+        if not isinstance(value, str):
+            raise TypeError(f"{op}: {name} must be a str, got {type(value).__name__}")
+
+
+def acc_dtype(t: Tensor) -> torch.dtype:
+    """Accumulators, states and statistics: float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def empty(like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """What a fake kernel returns: contiguous, on the same device."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def register_fake(name: str, fake: Callable[..., Any]) -> None:
+    """Registers the shapes-only kernel of `twotower::name`; mixed devices are refused as the real kernels do."""
+
+    def checked(*args: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        for t in tensors:
+            if t.device != tensors[0].device:
+                raise ValueError(f"{name}: all tensors must be on {tensors[0].device}, got {t.device}")
+        return fake(*args)
+
+    torch.library.register_fake(f"twotower::{name}", checked)
+
+
+def register_gradient(name: str, reference: Callable[..., Any] | None) -> None:
+    """Registers the gradient of `twotower::name`: the backward pass runs `reference`, which takes the schema's
+    arguments, again under autograd. None: the op decides discretely and has no gradient.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in inputs))
+        ctx.constants = [None if isinstance(a, Tensor) else a for a in inputs]
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if reference is None:
+            raise RuntimeError(f"{name}: has no gradient, since its results are discrete decisions")
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{name}: second derivatives are not implemented")
+        saved = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = [
+                constant if t is None else t.detach().requires_grad_(ctx.needs_input_grad[i])
+                for i, (t, constant) in enumerate(zip(saved, ctx.constants, strict=True))
+            ]
+            outputs = reference(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            pairs = [
+                (o, g)
+                for o, g in zip(outputs, grads, strict=True)
+                if g is not None and o is not None and o.requires_grad
+            ]
+            wanted = [i for i, t in enumerate(saved) if t is not None and ctx.needs_input_grad[i]]
+            found = torch.autograd.grad(
+                [o for o, _ in pairs], [inputs[i] for i in wanted], [g for _, g in pairs], allow_unused=True
+            )
+        result: list[Tensor | None] = [None] * len(inputs)
+        for i, gradient in zip(wanted, found, strict=True):
+            result[i] = gradient
+        return tuple(result)
+
+    torch.library.register_autograd(f"twotower::{name}", backward, setup_context=setup_context)

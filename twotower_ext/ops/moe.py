@@ -1,0 +1,101 @@
+"""moe_route and moe_experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from twotower_ext import reference
+from twotower_ext.ops._common import acc_dtype, check_types, empty, register_fake, register_gradient
+
+
+def moe_route(
+    x: Tensor, gate_weight: Tensor, correction_bias: Tensor, top_k: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Chooses top_k experts a token by sigmoid scores with a correction bias, and weighs them.
+
+    r = sigmoid(gate_weight x); the top_k largest of r + correction_bias are chosen (equal: the lower id), and expert
+    e of them weighs scaling · r_e / (Σ chosen r + 1e-20): the bias chooses but does not weigh.
+
+    Args:
+        x: (T, D).
+        gate_weight: (E, D), accumulator dtype.
+        correction_bias: (E,), accumulator dtype.
+        top_k: experts a token, 1 … E.
+        scaling: factor of the weights.
+
+    Returns:
+        (expert_ids, expert_weights): (T, top_k) int32, ascending in each row, and (T, top_k) in the accumulator dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
+
+    Source: the auxiliary-loss-free router of DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
+    """
+    check_types(
+        "moe_route",
+        tensors={"x": x, "gate_weight": gate_weight, "correction_bias": correction_bias},
+        ints={"top_k": top_k},
+        floats={"scaling": scaling},
+    )
+    return torch.ops.twotower.moe_route(x, gate_weight, correction_bias, top_k, scaling)
+
+
+def _moe_route_fake(x, gate_weight, correction_bias, top_k, scaling):
+    shape = (x.shape[0], top_k)
+    return empty(x, shape, torch.int32), empty(x, shape, acc_dtype(x))
+
+
+register_fake("moe_route", _moe_route_fake)
+register_gradient("moe_route", reference.moe_route)
+
+
+def moe_experts(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    shared_up: Tensor | None = None,
+    shared_down: Tensor | None = None,
+    *,
+    activation: str = "relu2",
+) -> Tensor:
+    """The weighted sum of each token's experts, plus a shared expert every token passes through.
+
+    y[t] = Σ_j expert_weights[t, j] · down[e] · act(up[e] · x[t]) with e = expert_ids[t, j], plus
+    shared_down · act(shared_up · x[t]); the sum is accumulated in float32 in the order of j and rounded once.
+
+    Args:
+        x: (T, D).
+        expert_ids: (T, k) int32 or int64, in [0, E).
+        expert_weights: (T, k), accumulator dtype.
+        up: (E, F, D), x's dtype, contiguous; with "silu_gate" (E, 2F, D), gate rows first.
+        down: (E, D, F), x's dtype, contiguous.
+        shared_up, shared_down: (F', D) or (2F', D) and (D, F'), x's dtype, contiguous; both or neither.
+        activation: "relu2", act(u) = max(u, 0)², or "silu_gate", act([g, u]) = silu(g) · u.
+
+    Returns:
+        (T, D) in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, an expert id out of range (on
+        CPU), or an unknown activation.
+
+    Source: squared ReLU: So et al., arXiv 2109.08668; gated experts: Shazeer, arXiv 2002.05202.
+    """
+    check_types(
+        "moe_experts",
+        tensors={"x": x, "expert_ids": expert_ids, "expert_weights": expert_weights, "up": up, "down": down},
+        optional={"shared_up": shared_up, "shared_down": shared_down},
+        strings={"activation": activation},
+    )
+    return torch.ops.twotower.moe_experts(x, expert_ids, expert_weights, up, down, shared_up, shared_down, activation)
+
+
+def _moe_experts_reference(x, expert_ids, expert_weights, up, down, shared_up, shared_down, activation):
+    return reference.moe_experts(x, expert_ids, expert_weights, up, down, shared_up, shared_down, activation=activation)
+
+
+register_fake("moe_experts", lambda x, *rest: empty(x, x.shape))
+register_gradient("moe_experts", _moe_experts_reference)
