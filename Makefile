@@ -49,6 +49,7 @@ format: .venv/linters
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# Needs no network. Where the tree is a copy without its history, COMMIT=... says what it is a copy of.
 gpu:
 	CMAKE_ARGS="-DTWOTOWER_CUDA=ON $$CMAKE_ARGS" $(PYTHON) -m pip install --no-build-isolation --no-deps --verbose -e .
 	$(PYTHON) benchmarks/gpu.py --out "$(OUT)"

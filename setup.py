@@ -72,8 +72,7 @@ class CMakeBuild(build_ext):
         configure = [
             "cmake", "-S", str(source), "-B", str(build),
             *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
-            f"-DTWOTOWER_OUTPUT={output}", f"-DTWOTOWER_VERSION={self.distribution.get_version()}",
-            f"-DTORCH_ROOT={torch_root()}", f"-Dpybind11_DIR={pybind11_folder()}",
+            f"-DTWOTOWER_OUTPUT={output}", f"-DTORCH_ROOT={torch_root()}", f"-Dpybind11_DIR={pybind11_folder()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "python": sys.version.split()[0],
-        "commit": first_line("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": first_line("git", "describe", "--always", "--dirty", "--abbrev=12") or os.environ.get("COMMIT"),
         "build": twotower_ext.build_info(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -52,9 +52,10 @@ struct TensorView {
     return n;
   }
 
-  bool contiguous_from(int axis) const {
+  bool contiguous() const {
+    if (numel() == 0) return true;
     int64_t expected = 1;
-    for (int i = ndim - 1; i >= axis; --i) {
+    for (int i = ndim - 1; i >= 0; --i) {
       if (shape[i] != 1 && strides[i] != expected) return false;
       expected *= shape[i];
     }

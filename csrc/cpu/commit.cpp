@@ -72,6 +72,19 @@ void sample_filtered(const CommitParams& p, Position at, std::vector<Token<acc_t
   prediction.sample_logit = A(logits[best.id]);
 }
 
+// Scans part `part` of a position's vocabulary.
+template <class T>
+Prediction<acc_t<T>> scan_part(const CommitParams& p, Position at, int64_t part, bool sample) {
+  using A = acc_t<T>;
+  const int64_t first = part * kPart, count = std::min(kPart, p.V - first);
+  const T* stored = p.logits.at<const T>(at.b, at.l) + first;
+  A logits[kPart];
+  for (int64_t v = 0; v < count; ++v) logits[v] = A(stored[v]);
+  Sampler<A> sampler(p, at.b, at.l);
+  if (!sample) sampler.temperature = 0;
+  return scan(logits, first, count, p.mask_token_id, sampler);
+}
+
 template <class T>
 void denoise_commit_of(const CommitParams& p) {
   using A = acc_t<T>;
@@ -79,21 +92,12 @@ void denoise_commit_of(const CommitParams& p) {
   const int64_t positions = masked.size(), parts = (p.V + kPart - 1) / kPart;
   const bool filtered = p.temperature > 0 && ((p.top_k > 0 && p.top_k < p.V) || p.top_p < 1);
 
-  // Every part of every masked position is scanned on its own, so that one position uses all threads.
+  // Parts are scanned independently, so that one position uses all threads; small vocabularies share a piece.
   std::vector<Prediction<A>> scans(positions * parts);
-  parallel_for(positions * parts, std::max<int64_t>(1, 4 * kPart / std::max<int64_t>(p.V, 1)),
-               [&](int64_t begin, int64_t end) {
-                 A logits[kPart];
-                 for (int64_t i = begin; i < end; ++i) {
-                   const Position at = masked[i / parts];
-                   const int64_t first = i % parts * kPart, count = std::min(kPart, p.V - first);
-                   const T* stored = p.logits.at<const T>(at.b, at.l) + first;
-                   for (int64_t v = 0; v < count; ++v) logits[v] = A(stored[v]);
-                   Sampler<A> sampler(p, at.b, at.l);
-                   if (filtered) sampler.temperature = 0;
-                   scans[i] = scan(logits, first, count, p.mask_token_id, sampler);
-                 }
-               });
+  const int64_t grain = 4 * kPart / std::max<int64_t>(p.V, 1);
+  parallel_for(positions * parts, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) scans[i] = scan_part<T>(p, masked[i / parts], i % parts, !filtered);
+  });
 
   std::vector<Prediction<A>> predictions(positions);
   parallel_for(positions, filtered ? 1 : positions, [&](int64_t begin, int64_t end) {

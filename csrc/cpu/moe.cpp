@@ -63,8 +63,8 @@ class Experts {
       first_token_ = first;
       tokens_ = std::min(chunk_, p_.T - first);
       sort_by_expert();
-      over_items(&Visit<T>::width, [&](const Item& item) { up(item); });
-      over_items(nullptr, [&](const Item& item) { down(item); });
+      over_tiles([](const Visit<T>& v) { return v.width; }, [&](const Item& item) { up(item); });
+      over_tiles([&](const Visit<T>&) { return p_.D; }, [&](const Item& item) { down(item); });
       parallel_for(tokens_, 1, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) combine(t);
       });
@@ -110,12 +110,12 @@ class Experts {
     }
   }
 
-  // body(item) in parallel over tiles of `width` rows of every visited expert; no width: p.D rows.
-  template <class F>
-  void over_items(int64_t Visit<T>::* width, F&& body) {
+  // body(item) in parallel over tiles of rows_of(visit) rows of every visited expert.
+  template <class R, class F>
+  void over_tiles(R&& rows_of, F&& body) {
     items_.clear();
     for (size_t v = 0; v < visits_.size(); ++v) {
-      const int64_t rows = width ? visits_[v].*width : p_.D;
+      const int64_t rows = rows_of(visits_[v]);
       for (int64_t begin = 0; begin < rows; begin += kTile)
         items_.push_back({static_cast<int64_t>(v), begin, std::min(begin + kTile, rows)});
     }

@@ -39,7 +39,8 @@ struct Job {
 
 thread_local bool inside_pool = false;
 
-// Workers sleep on `epoch`. A job names the workers it wants; each of them takes pieces until none is left.
+// Workers sleep on `epoch_`. A job is open to them until the caller has found no piece left; the caller then waits for
+// the workers inside, never for one that has not woken up: a busy machine delays nobody.
 class Pool {
  public:
   void run(Job& job, int threads) {
@@ -49,39 +50,48 @@ class Pool {
       // the system allows no more threads: those there are do the work
     }
     job_ = &job;
-    wanted_ = threads - 1;
-    busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    wanted_.store(threads - 1, std::memory_order_relaxed);
+    state_.store(kOpen, std::memory_order_release);
     epoch_.fetch_add(1, std::memory_order_release);
     epoch_.notify_all();
     job.work();
-    for (int left; (left = busy_.load(std::memory_order_acquire)) != 0;) busy_.wait(left);
+    state_.fetch_and(~kOpen, std::memory_order_acq_rel);
+    for (uint32_t inside; (inside = state_.load(std::memory_order_acquire)) != 0;) state_.wait(inside);
   }
 
   std::mutex mutex;
 
  private:
+  static constexpr uint32_t kOpen = 1u << 31;
+
   void start_worker() {
-    const int id = static_cast<int>(workers_.size());
-    const uint32_t seen = epoch_.load(std::memory_order_relaxed);
-    workers_.emplace_back([this, id, seen] { loop(id, seen); });
+    workers_.emplace_back([this, seen = epoch_.load(std::memory_order_relaxed)] { loop(seen); });
     workers_.back().detach();
   }
 
-  void loop(int id, uint32_t seen) {
+  void loop(uint32_t seen) {
     inside_pool = true;
     for (;;) {
       epoch_.wait(seen, std::memory_order_acquire);
       seen = epoch_.load(std::memory_order_acquire);
-      if (id < wanted_) job_->work();
-      if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();
+      if (!enter()) continue;
+      job_->work();
+      if (state_.fetch_sub(1, std::memory_order_acq_rel) == 1) state_.notify_one();
     }
   }
 
+  bool enter() {
+    uint32_t state = state_.load(std::memory_order_relaxed);
+    while ((state & kOpen) && (state & ~kOpen) < wanted_.load(std::memory_order_relaxed))
+      if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acquire)) return true;
+    return false;
+  }
+
   std::vector<std::thread> workers_;
-  Job* job_ = nullptr;
-  int wanted_ = 0;
+  Job* job_ = nullptr;  // written while no worker is inside, read by workers inside
+  std::atomic<uint32_t> wanted_{0};
+  std::atomic<uint32_t> state_{0};  // kOpen, plus the number of workers inside
   std::atomic<uint32_t> epoch_{0};
-  std::atomic<int> busy_{0};
 };
 
 // Leaked on purpose: worker threads outlive static destructors. A forked child has no workers and gets a new pool.

@@ -55,7 +55,7 @@ class Scan {
         block_(zeros<A>(kState * width_)),
         x_(zeros<A>(kTime * columns_)),
         y_(zeros<A>(kTime * columns_)),
-        own_state_(p.final_state ? nullptr : scratch<A>(slice * p.N)) {}
+        own_state_(p.final_state || p.L <= kTime ? nullptr : scratch<A>(slice * p.N)) {}
 
   void item(int64_t b, int64_t h, int64_t first, int64_t count) {
     b_ = b;
@@ -63,19 +63,14 @@ class Scan {
     first_ = first;
     count_ = count;
     state_ = p_.final_state ? p_.final_state.template at<A>(b, h, first) : own_state_.get();
-    for (int64_t i = 0; i < count; ++i) {
-      A* row = state_ + i * p_.N;
-      if (p_.initial_state)
-        std::copy_n(p_.initial_state.template at<const A>(b, h, first + i), p_.N, row);
-      else
-        std::fill_n(row, p_.N, A(0));
-    }
-    for (int64_t begin = 0; begin < p_.L; begin += kTime) {
+    int64_t begin = 0;
+    do {  // also without rows: the state is handed on
       const int64_t end = std::min(begin + kTime, p_.L);
       load_rows(begin, end);
       for (int64_t i = 0; i < count; i += kState) pass(i, begin, end);
       store_rows(begin, end);
-    }
+      begin = end;
+    } while (begin < p_.L);
   }
 
  private:
@@ -96,7 +91,14 @@ class Scan {
   // State rows [i, i + kState) through the rows [begin, end) of the sequence.
   void pass(int64_t i, int64_t begin, int64_t end) {
     const int64_t rows = std::min(kState, count_ - i);  // what lies beyond count_ is computed and dropped
-    for (int64_t r = 0; r < rows; ++r) std::copy_n(state_ + (i + r) * p_.N, p_.N, &block_[r * width_]);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (begin > 0)
+        std::copy_n(state_ + (i + r) * p_.N, p_.N, &block_[r * width_]);
+      else if (p_.initial_state)
+        std::copy_n(p_.initial_state.template at<const A>(b_, h_, first_ + i + r), p_.N, &block_[r * width_]);
+      else
+        std::fill_n(&block_[r * width_], p_.N, A(0));
+    }
     for (int64_t l = begin; l < end; ++l) {
       const int64_t t = l - begin;
       A inflow[kState];
@@ -106,7 +108,7 @@ class Scan {
       if (p_.states_every > 0 && ((l + 1) % p_.states_every == 0 || l + 1 == p_.L))
         store_state(rows, p_.states.template at<A>(b_, l / p_.states_every, h_, first_ + i));
     }
-    store_state(rows, state_ + i * p_.N);
+    if (state_) store_state(rows, state_ + i * p_.N);
   }
 
   void store_state(int64_t rows, A* to) {
@@ -130,7 +132,7 @@ class Scan {
   Scratch<A> keys_, queries_, block_, x_, y_, own_state_;
   A step_[kTime], decay_[kTime];
   int64_t b_ = 0, h_ = 0, first_ = 0, count_ = 0;
-  A* state_ = nullptr;  // [count_, N], contiguous
+  A* state_ = nullptr;  // [count_, N], contiguous; null where nobody asks for the state again
 };
 
 // final_state may be absent: the initial state is then only read.

@@ -22,7 +22,7 @@ void Check::shape_of(const char* arg, const TensorView& t, std::initializer_list
       if (expected.back() != '(') expected += ", ";
       expected += d->value >= 0 ? std::to_string(d->value) : d->name;
     }
-    expected += ")";
+    expected += shape.size() == 1 ? ",)" : ")";
     if (because) expected += std::string(" to match ") + because;
     fail(arg, expected.c_str(), t.shape_name());
   }

@@ -74,7 +74,7 @@ class Check {
     shape_of(arg, t, shape);
   }
   void contiguous(const char* arg, const TensorView& t) const {
-    require(t.contiguous_from(0), arg, "be contiguous", "a strided view");
+    require(t.contiguous(), arg, "be contiguous", "a strided view");
   }
   void device(const char* arg, const TensorView& t) const {
     if (t.device == anchor_.device) return;

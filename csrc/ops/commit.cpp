@@ -6,7 +6,7 @@
 namespace twotower::ops {
 namespace {
 
-// A position's device values: read on CPU only.
+// What only the values of tensors tell, so on CPU only.
 void check_values(const Check& check, const CommitParams& p) {
   const int64_t* step = p.step.at<const int64_t>();
   for (int64_t b = 0; b < p.B; ++b) {

@@ -6,6 +6,8 @@ stream, so addition, modulation and norm are one kernel.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ def parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Param
     return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
 
 
-class Layer(nn.Module):
+class Layer(nn.Module, ABC):
     """Norm and modulation, shared by all kinds; subclasses add `mix` and their parameters."""
 
     modulate = "before"
@@ -56,13 +58,13 @@ class Layer(nn.Module):
             gate=gate,
         )
 
+    @abstractmethod
     def mix(self, u: Tensor, state: LayerState, lengths: Tensor, causal: bool) -> tuple[Tensor, LayerState]:
         """The mixer on u (B, L, D), continuing from the context's `state` of `lengths` (B,) tokens.
 
         Causal (context tower): rows see what precedes them, and the state after the last row is returned.
         Otherwise (denoiser): attention sees the whole block, and the state returned is empty.
         """
-        raise NotImplementedError
 
     def checkpoint_views(self) -> dict[str, Tensor]:
         """Checkpoint key below the layer -> view of the parameter it fills, in the checkpoint's shape."""
