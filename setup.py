@@ -6,6 +6,7 @@ Environment: MAX_JOBS (parallel compile steps), CMAKE_ARGS (extra CMake argument
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -15,10 +16,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 OLDEST_TORCH = (2, 11)
+OLDEST_SETUPTOOLS = 77
 GIB_PER_JOB = 1.5  # peak memory of the largest compile step
 
 
@@ -44,9 +47,33 @@ def torch_root() -> Path:
 
 
 def pybind11_folder() -> str:
-    import pybind11
-
+    try:
+        import pybind11
+    except ImportError:
+        sys.exit("twotower-ext: the build needs pybind11 (pip install pybind11)")
     return pybind11.get_cmake_dir()
+
+
+def tool(name: str, folder: str) -> str | None:
+    """The program of the Python package `name`, whose bin folder is its attribute `folder`; else that on PATH.
+
+    The package comes first: it is what the build requires, also in an environment that is not activated.
+    """
+    try:
+        return str(Path(getattr(importlib.import_module(name), folder), name))
+    except ImportError:
+        return shutil.which(name)
+
+
+def free_gib() -> float:
+    """Memory that can be had without swapping, file caches included."""
+    try:
+        kib = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        kib = None
+    if kib:
+        return int(kib.group(1)) / 2**20
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2**30
 
 
 def jobs() -> int:
@@ -54,8 +81,7 @@ def jobs() -> int:
     if "MAX_JOBS" in os.environ:
         return max(1, int(os.environ["MAX_JOBS"]))
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    free_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2**30
-    return max(1, min(processors, int(free_gib / GIB_PER_JOB)))
+    return max(1, min(processors, int(free_gib() / GIB_PER_JOB)))
 
 
 class CMakeBuild(build_ext):
@@ -68,17 +94,21 @@ class CMakeBuild(build_ext):
         # environments put elsewhere each time (ninja, pybind11) is passed each time.
         build = source / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
-        ninja = shutil.which("ninja")
+        cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
+        if cmake is None:
+            sys.exit("twotower-ext: the build needs cmake >= 3.24 (pip install cmake)")
         configure = [
-            "cmake", "-S", str(source), "-B", str(build),
+            cmake, "-S", str(source), "-B", str(build),
             *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
-            f"-DTWOTOWER_OUTPUT={output}", f"-DTORCH_ROOT={torch_root()}", f"-Dpybind11_DIR={pybind11_folder()}",
-            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DTWOTOWER_OUTPUT={output}", f"-DTORCH_ROOT={torch_root()}",
+            f"-Dpybind11_DIR={pybind11_folder()}", f"-DPython_EXECUTABLE={sys.executable}",
+            # The folder remembers settings: those of an earlier build's CMAKE_ARGS are taken back here.
+            "-DTWOTOWER_CUDA=AUTO", "-DCMAKE_BUILD_TYPE=Release",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
         environment = {**os.environ, "NINJA_STATUS": "[%f/%t, %es] "}
         subprocess.run(configure, check=True, env=environment)
-        subprocess.run(["cmake", "--build", str(build), "-j", str(jobs())], check=True, env=environment)
+        subprocess.run([cmake, "--build", str(build), "-j", str(jobs())], check=True, env=environment)
 
     def copy_extensions_to_source(self) -> None:
         """Editable installs load from the source folder: all three binaries go there, not `_C` alone."""
@@ -90,4 +120,6 @@ class CMakeBuild(build_ext):
 
 
 if __name__ == "__main__":
+    if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
+        sys.exit(f"twotower-ext: the build needs setuptools >= {OLDEST_SETUPTOOLS}, found {setuptools.__version__}")
     setup(ext_modules=[Extension("twotower_ext._C", [])], cmdclass={"build_ext": CMakeBuild})

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 
@@ -27,6 +26,8 @@ class Golden:
 
     @cached_property
     def _files(self):
+        from safetensors import safe_open  # late: the GPU tests run where only torch is installed
+
         return {f: safe_open(self.directory / f, "pt") for f in sorted(set(self.file_of.values()))}
 
     def __contains__(self, name: str) -> bool:

@@ -42,7 +42,7 @@ def test_a_tensor_of_another_type(name: str, argument: str, value: Any):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
 def test_a_tensor_of_another_dtype(name: str, argument: str, dtype: torch.dtype):
     arguments = arguments_of(name)
-    with pytest.raises(ValueError, match=rf"^{name}: "):
+    with pytest.raises(ValueError, match=rf"^{name}: {argument} must .*, got "):
         OPS[name].op(**arguments | {argument: arguments[argument].to(dtype)})
 
 
@@ -85,8 +85,30 @@ def test_a_tensor_of_another_shape(name: str, argument: str):
 @every_tensor
 def test_a_tensor_on_another_device(name: str, argument: str):
     arguments = arguments_of(name)
-    with pytest.raises(ValueError, match=rf"^{name}: "):
+    with pytest.raises(ValueError, match=rf"^{name}: \w+ must be on (cpu|meta) with \w+, got (cpu|meta)$"):
         OPS[name].op(**arguments | {argument: arguments[argument].to("meta")})
+
+
+def on_meta(name: str) -> dict[str, Any]:
+    return {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments_of(name).items()}
+
+
+@every_tensor
+def test_shapes_are_checked_without_data(name: str, argument: str):
+    """Fake kernels refuse what the real ones would, so that a mistake shows while tracing."""
+    arguments = on_meta(name)
+    with pytest.raises(ValueError, match=rf"^{name}: {argument} must have shape \(.*\), got \("):
+        OPS[name].op(**arguments | {argument: arguments[argument][None]})
+
+
+@every_op
+def test_shapes_without_data_are_those_with_data(name: str):
+    results = OPS[name].op(**arguments_of(name))
+    fakes = OPS[name].op(**on_meta(name))
+    for real, fake in zip(*(r if isinstance(r, tuple) else (r,) for r in (results, fakes)), strict=True):
+        assert (real is None) == (fake is None)
+        if real is not None:
+            assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
 
 
 def plain_arguments(name: str) -> list[tuple[str, Any]]:
@@ -160,6 +182,10 @@ OUT_OF_RANGE = [
             {"mask_token_id": -2},
             {"mask_token_id": 10**6},
             {"seed": 2**63},
+            {"steps": 2**70},
+            {"top_k": 2**70},
+            {"temperature": 1e-38},
+            {"temperature": 1e300},
         )
     ),
     ("lm_head_commit", {"top_k": 3}),
@@ -192,5 +218,5 @@ def test_the_message_says_what_was_expected_and_what_came():
 
 
 def test_more_axes_than_any_op_takes():
-    with pytest.raises(ValueError, match="rms_norm: "):
+    with pytest.raises(ValueError, match="rms_norm: x must have at most 6 axes, got 7"):
         ops.rms_norm(torch.zeros(1, 1, 1, 1, 1, 1, 2), torch.ones(2))

@@ -48,29 +48,52 @@ def test_jobs_follow_the_environment_and_free_memory(setup_py, monkeypatch):
     monkeypatch.setenv("MAX_JOBS", "7")
     assert setup_py.jobs() == 7
     monkeypatch.delenv("MAX_JOBS")
-    page = os.sysconf("SC_PAGE_SIZE")
     monkeypatch.setattr(setup_py.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
-    monkeypatch.setattr(setup_py.os, "sysconf", lambda name: page if name == "SC_PAGE_SIZE" else 4 * 2**30 // page)
+    monkeypatch.setattr(setup_py, "free_gib", lambda: 4.0)
     assert setup_py.jobs() == 2
+    monkeypatch.setattr(setup_py, "free_gib", lambda: 0.1)
+    assert setup_py.jobs() == 1
 
 
-def configure(tmp_path: Path, *options: str) -> subprocess.CompletedProcess:
+def test_free_memory_counts_file_caches(setup_py):
+    page = os.sysconf("SC_PAGE_SIZE")
+    assert (
+        os.sysconf("SC_AVPHYS_PAGES") * page / 2**30 / 2
+        < setup_py.free_gib()
+        <= os.sysconf("SC_PHYS_PAGES") * page / 2**30
+    )
+
+
+def test_tools_come_from_this_python_first(setup_py, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert Path(setup_py.tool("cmake", "CMAKE_BIN_DIR")).exists()
+    assert setup_py.tool("no_such_tool", "BIN_DIR") is None
+
+
+def configure(setup_py, tmp_path: Path, *options: str) -> subprocess.CompletedProcess:
     torch_root = subprocess.run(
         [sys.executable, "-c", "import torch; print(torch.__path__[0])"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-DTORCH_ROOT={torch_root}", *options]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    command = [
+        setup_py.tool("cmake", "CMAKE_BIN_DIR"),
+        "-S",
+        str(ROOT),
+        "-B",
+        str(tmp_path / "build"),
+        f"-DTORCH_ROOT={torch_root}",
+        *options,
+    ]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_cmake_refuses_an_unknown_cuda_setting(tmp_path):
-    done = configure(tmp_path, "-DTWOTOWER_CUDA=MAYBE")
+def test_cmake_refuses_an_unknown_cuda_setting(setup_py, tmp_path):
+    done = configure(setup_py, tmp_path, "-DTWOTOWER_CUDA=MAYBE")
     assert done.returncode != 0
     assert "TWOTOWER_CUDA must be AUTO, ON or OFF, got MAYBE" in done.stderr
 
 
-def test_cmake_refuses_a_folder_without_torch(tmp_path):
-    done = configure(tmp_path, "-DTORCH_ROOT=/nowhere")
+def test_cmake_refuses_a_folder_without_torch(setup_py, tmp_path):
+    done = configure(setup_py, tmp_path, "-DTORCH_ROOT=/nowhere")
     assert done.returncode != 0
     assert "TORCH_ROOT must be the folder of an installed torch" in done.stderr
 
@@ -105,7 +128,6 @@ def test_installs(arguments: list[str], cmake_args: str, copy_of_the_tree: Path,
     requirements = ["-r", ROOT / "requirements-dev.txt"] if "--no-build-isolation" in arguments else ["torch==2.13.0"]
     subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
     environment = {**os.environ, "CMAKE_ARGS": cmake_args}
-    environment["PATH"] = os.pathsep.join([str(python.parent), os.environ["PATH"]])
     started = time.monotonic()
     install = [python, "-m", "pip", "install", "--verbose", *arguments, str(copy_of_the_tree)]
     done = subprocess.run(install, capture_output=True, text=True, env=environment)

@@ -16,20 +16,22 @@ std::tuple<Tensor, OptionalTensor> rms_norm(const Tensor& x, const Tensor& weigh
                                             const OptionalTensor& scale, const OptionalTensor& delta,
                                             const OptionalTensor& gate, double eps, std::string modulate) {
   TorchFace f("rms_norm", x);
-  ops::rms_norm(f, f.view(x), f.view(weight), f.view(shift), f.view(scale), f.view(delta), f.view(gate), eps, modulate);
+  ops::rms_norm(f, f.view("x", x), f.view("weight", weight), f.view("shift", shift), f.view("scale", scale),
+                f.view("delta", delta), f.view("gate", gate), eps, modulate);
   return {f.result(0), f.optional_result(1)};
 }
 
 Tensor gated_group_rms_norm(const Tensor& y, const Tensor& z, const Tensor& weight, int64_t group_size, double eps) {
   TorchFace f("gated_group_rms_norm", y);
-  ops::gated_group_rms_norm(f, f.view(y), f.view(z), f.view(weight), group_size, eps);
+  ops::gated_group_rms_norm(f, f.view("y", y), f.view("z", z), f.view("weight", weight), group_size, eps);
   return f.result(0);
 }
 
 Pair causal_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& initial_state, std::string activation) {
   TorchFace f("causal_conv1d", x);
-  ops::causal_conv1d(f, f.view(x), f.view(weight), f.view(bias), f.view(initial_state), activation);
+  ops::causal_conv1d(f, f.view("x", x), f.view("weight", weight), f.view("bias", bias),
+                     f.view("initial_state", initial_state), activation);
   return {f.result(0), f.result(1)};
 }
 
@@ -37,8 +39,9 @@ PairAndOptional ssd_scan(const Tensor& x, const Tensor& dt, const Tensor& A_log,
                          const OptionalTensor& D, const OptionalTensor& dt_bias, const OptionalTensor& initial_state,
                          int64_t chunk_size, int64_t states_every) {
   TorchFace f("ssd_scan", x);
-  ops::ssd_scan(f, f.view(x), f.view(dt), f.view(A_log), f.view(B), f.view(C), f.view(D), f.view(dt_bias),
-                f.view(initial_state), chunk_size, states_every);
+  ops::ssd_scan(f, f.view("x", x), f.view("dt", dt), f.view("A_log", A_log), f.view("B", B), f.view("C", C),
+                f.view("D", D), f.view("dt_bias", dt_bias), f.view("initial_state", initial_state), chunk_size,
+                states_every);
   return {f.result(0), f.result(1), f.optional_result(2)};
 }
 
@@ -47,16 +50,18 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> mamba_block(
     const Tensor& D, const Tensor& dt_bias, const Tensor& norm_weight, const OptionalTensor& conv_state,
     const OptionalTensor& ssm_state, int64_t heads, int64_t groups, int64_t state_size, double eps, bool update_state) {
   TorchFace f("mamba_block", zxbcdt);
-  ops::mamba_block(f, f.view(zxbcdt), f.view(conv_weight), f.view(conv_bias), f.view(A_log), f.view(D), f.view(dt_bias),
-                   f.view(norm_weight), f.view(conv_state), f.view(ssm_state), heads, groups, state_size, eps,
-                   update_state);
+  ops::mamba_block(f, f.view("zxbcdt", zxbcdt), f.view("conv_weight", conv_weight), f.view("conv_bias", conv_bias),
+                   f.view("A_log", A_log), f.view("D", D), f.view("dt_bias", dt_bias),
+                   f.view("norm_weight", norm_weight), f.view("conv_state", conv_state), f.view("ssm_state", ssm_state),
+                   heads, groups, state_size, eps, update_state);
   return {f.result(0), f.optional_result(1), f.optional_result(2)};
 }
 
 Pair moe_route(const Tensor& x, const Tensor& gate_weight, const Tensor& correction_bias, int64_t top_k,
                double scaling) {
   TorchFace f("moe_route", x);
-  ops::moe_route(f, f.view(x), f.view(gate_weight), f.view(correction_bias), top_k, scaling);
+  ops::moe_route(f, f.view("x", x), f.view("gate_weight", gate_weight), f.view("correction_bias", correction_bias),
+                 top_k, scaling);
   return {f.result(0), f.result(1)};
 }
 
@@ -65,8 +70,9 @@ Tensor moe_experts(const Tensor& x, const Tensor& expert_ids, const Tensor& expe
                    std::string activation) {
   TorchFace f("moe_experts", x);
   // Expert weights are described, never copied: a strided view of gigabytes is refused by name instead.
-  ops::moe_experts(f, f.view(x), f.view(expert_ids), f.view(expert_weights), f.describe(up), f.describe(down),
-                   f.describe(shared_up), f.describe(shared_down), activation);
+  ops::moe_experts(f, f.view("x", x), f.view("expert_ids", expert_ids), f.view("expert_weights", expert_weights),
+                   f.describe("up", up), f.describe("down", down), f.describe("shared_up", shared_up),
+                   f.describe("shared_down", shared_down), activation);
   return f.result(0);
 }
 
@@ -74,15 +80,16 @@ Tensor block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
                        const OptionalTensor& context_v, const OptionalTensor& context_lengths, bool causal,
                        double scale) {
   TorchFace f("block_attention", q);
-  ops::block_attention(f, f.view(q), f.view(k), f.view(v), f.view(context_k), f.view(context_v),
-                       f.view(context_lengths), causal, scale);
+  ops::block_attention(f, f.view("q", q), f.view("k", k), f.view("v", v), f.view("context_k", context_k),
+                       f.view("context_v", context_v), f.view("context_lengths", context_lengths), causal, scale);
   return f.result(0);
 }
 
 Tensor two_stream_attention(const Tensor& q, const Tensor& context_k, const Tensor& context_v, const Tensor& k,
                             const Tensor& v, int64_t block_size) {
   TorchFace f("two_stream_attention", q);
-  ops::two_stream_attention(f, f.view(q), f.view(context_k), f.view(context_v), f.view(k), f.view(v), block_size);
+  ops::two_stream_attention(f, f.view("q", q), f.view("context_k", context_k), f.view("context_v", context_v),
+                            f.view("k", k), f.view("v", v), block_size);
   return f.result(0);
 }
 
@@ -90,8 +97,8 @@ Commit denoise_commit(const Tensor& logits, const Tensor& block, const Tensor& s
                       const Tensor& offset, int64_t steps, double threshold, int64_t mask_token_id, double temperature,
                       int64_t top_k, double top_p) {
   TorchFace f("denoise_commit", logits);
-  ops::denoise_commit(f, f.view(logits), f.view(block), f.view(step), f.view(seed), f.view(offset),
-                      {steps, mask_token_id, top_k, threshold, temperature, top_p});
+  ops::denoise_commit(f, f.view("logits", logits), f.view("block", block), f.view("step", step), f.view("seed", seed),
+                      f.view("offset", offset), {steps, mask_token_id, top_k, threshold, temperature, top_p});
   return {f.result(0), f.result(1), f.result(2), f.result(3), f.result(4)};
 }
 
@@ -99,7 +106,8 @@ Commit lm_head_commit(const Tensor& hidden, const Tensor& weight, const Tensor& 
                       const Tensor& seed, const Tensor& offset, int64_t steps, double threshold, int64_t mask_token_id,
                       double temperature, int64_t top_k, double top_p) {
   TorchFace f("lm_head_commit", hidden);
-  ops::lm_head_commit(f, f.view(hidden), f.describe(weight), f.view(block), f.view(step), f.view(seed), f.view(offset),
+  ops::lm_head_commit(f, f.view("hidden", hidden), f.describe("weight", weight), f.view("block", block),
+                      f.view("step", step), f.view("seed", seed), f.view("offset", offset),
                       {steps, mask_token_id, top_k, threshold, temperature, top_p});
   return {f.result(0), f.result(1), f.result(2), f.result(3), f.result(4)};
 }

@@ -21,8 +21,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline DType dtype_of(const Tensor& t, const char* op) {
-  switch (t.scalar_type()) {
+inline std::optional<DType> dtype_of(ScalarType t) {
+  switch (t) {
     case ScalarType::Float:
       return DType::f32;
     case ScalarType::Double:
@@ -38,8 +38,7 @@ inline DType dtype_of(const Tensor& t, const char* op) {
     case ScalarType::Bool:
       return DType::boolean;
     default:
-      throw std::invalid_argument(std::string(op) +
-                                  ": tensors must be floating point, int32, int64 or bool, got another dtype");
+      return std::nullopt;
   }
 }
 
@@ -76,15 +75,15 @@ class TorchFace final : public Face {
   }
 
   // The tensor as it is.
-  TensorView describe(const Tensor& t) const {
-    if (t.dim() > kMaxDims)
-      throw std::invalid_argument(std::string(op_) + ": tensors must have at most 6 axes, got " +
-                                  std::to_string(t.dim()));
+  TensorView describe(const char* name, const Tensor& t) const {
+    const std::optional<DType> dtype = dtype_of(t.scalar_type());
+    if (!dtype) refuse(name, "be floating point, int32, int64 or bool", toString(t.scalar_type()));
+    if (t.dim() > kMaxDims) refuse(name, "have at most 6 axes", std::to_string(t.dim()));
     using torch::headeronly::DeviceType;
     const auto type = t.device().type();
     TensorView v;
     v.data = const_cast<void*>(t.const_data_ptr());
-    v.dtype = dtype_of(t, op_);
+    v.dtype = *dtype;
     v.ndim = static_cast<int>(t.dim());
     v.device.type = type == DeviceType::CPU    ? Device::Type::cpu
                     : type == DeviceType::CUDA ? Device::Type::cuda
@@ -96,20 +95,20 @@ class TorchFace final : public Face {
     }
     return v;
   }
-  TensorView describe(const OptionalTensor& t) const { return t ? describe(*t) : TensorView{}; }
+  TensorView describe(const char* name, const OptionalTensor& t) const { return t ? describe(name, *t) : TensorView{}; }
 
   // Kernels read any outer strides but want the innermost axis contiguous: other layouts are copied once, here.
-  TensorView view(const Tensor& t) {
+  TensorView view(const char* name, const Tensor& t) {
     if (t.dim() > 0 && t.size(-1) > 1 && t.stride(-1) != 1)
-      return describe(copies_.emplace_back(torch::stable::contiguous(t)));
-    return describe(t);
+      return describe(name, copies_.emplace_back(torch::stable::contiguous(t)));
+    return describe(name, t);
   }
-  TensorView view(const OptionalTensor& t) { return t ? view(*t) : TensorView{}; }
+  TensorView view(const char* name, const OptionalTensor& t) { return t ? view(name, *t) : TensorView{}; }
 
   TensorView output(int slot, DType dtype, Device, std::initializer_list<int64_t> shape) override {
     outputs_.at(slot) =
         torch::stable::empty({shape.begin(), shape.size()}, scalar_type_of(dtype), std::nullopt, device_);
-    return describe(*outputs_[slot]);
+    return describe("output", *outputs_[slot]);
   }
   void* stream() const override { return stream_; }
 
@@ -117,6 +116,10 @@ class TorchFace final : public Face {
   const OptionalTensor& optional_result(int slot) const { return outputs_.at(slot); }
 
  private:
+  [[noreturn]] void refuse(const char* name, const char* expected, const std::string& got) const {
+    throw std::invalid_argument(std::string(op_) + ": " + name + " must " + expected + ", got " + got);
+  }
+
   const char* op_;
   torch::stable::Device device_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;

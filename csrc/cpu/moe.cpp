@@ -124,7 +124,7 @@ class Experts {
     });
   }
 
-  // h = activation(up x), rounded to T as a model in T stores it.
+  // h = activation(up x), kept in the accumulator dtype: a square overflows float16 easily.
   void up(const Item& item) {
     const Visit<T>& v = visits_[item.visit];
     const bool gated = p_.activation == MoeActivation::silu_gate;
@@ -139,9 +139,9 @@ class Experts {
         const A *a = first + i * kTile, *b = second + i * kTile;
         A* h = v.h + (r + i) * v.width + item.begin;
         if (gated)
-          for (int64_t f = 0; f < width; ++f) h[f] = A(T(silu(a[f]) * b[f]));
+          for (int64_t f = 0; f < width; ++f) h[f] = silu(a[f]) * b[f];
         else
-          for (int64_t f = 0; f < width; ++f) h[f] = A(T(relu2(a[f])));
+          for (int64_t f = 0; f < width; ++f) h[f] = relu2(a[f]);
       }
     }
   }

@@ -12,10 +12,13 @@ namespace {  // compiled into every object that uses it, for that object's instr
 
 // Reassociation stops here: needed where multiply_add is no instruction of its own.
 inline Vec<float> as_written(Vec<float> v) {
-#if defined(__clang__)
+#if __has_builtin(__builtin_assoc_barrier)
+  return __builtin_assoc_barrier(v);
+#elif __has_builtin(__arithmetic_fence)
   return __arithmetic_fence(v);
 #else
-  return __builtin_assoc_barrier(v);
+  volatile Vec<float> stored = v;  // GCC before 12
+  return stored;
 #endif
 }
 

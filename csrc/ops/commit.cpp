@@ -38,10 +38,9 @@ CommitParams commit_params(const Check& check, Face& face, Dim& B, Dim& L, const
     check.fail("mask_token_id", expected.c_str(), s.mask_token_id);
   }
   const DType dtype = check.anchor().dtype;
-  // As the kernels see it: a temperature that vanishes in float32 is 0.
-  const double temperature = dtype == DType::f64 ? s.temperature : static_cast<float>(s.temperature);
-  check.require(std::isfinite(temperature) && temperature >= 0, "temperature", "be a finite number and at least 0",
-                s.temperature);
+  // Outside of this range logits / temperature overflows or keeps no difference.
+  check.require(s.temperature == 0 || (s.temperature >= 1e-6 && s.temperature <= 1e6), "temperature",
+                "be 0 or in [1e-6, 1e6]", s.temperature);
   check.require(s.top_k >= 0, "top_k", "be at least 0", s.top_k);
   check.require(s.top_p > 0 && s.top_p <= 1, "top_p", "be in (0, 1]", s.top_p);
 
@@ -53,7 +52,7 @@ CommitParams commit_params(const Check& check, Face& face, Dim& B, Dim& L, const
                  .mask_token_id = s.mask_token_id,
                  .top_k = s.top_k,
                  .threshold = s.threshold,
-                 .temperature = temperature,
+                 .temperature = s.temperature,
                  .top_p = s.top_p,
                  .logits = {},
                  .block = rows<1>(block),

@@ -7,6 +7,7 @@ stream, so addition, modulation and norm are one kernel.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,22 @@ SHORT_BLOCK = 32
 def parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
     """A frozen parameter with no values yet."""
     return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+
+
+def row_by_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) for a function that treats the batch rows (first axis) of x alike.
+
+    Matrix and vector libraries may round differently for another number of rows or another place in memory, and
+    a close decision then depends on a row's neighbours. On the CPU each row is therefore computed alone.
+    """
+    if x.shape[0] <= 1 or x.device.type != "cpu":
+        return function(x)
+    return torch.cat([function(x[b : b + 1].clone()) for b in range(x.shape[0])])
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (B, L, D_in) times weight (D_out, D_in) transposed, each batch row as if it were alone (CPU)."""
+    return row_by_row(lambda row: F.linear(row, weight), x)
 
 
 class Layer(nn.Module, ABC):
@@ -88,10 +105,10 @@ class MambaLayer(Layer):
         self.out_proj = parameter(config.hidden_size, config.d_inner, device=device, dtype=dtype)
 
     def mix(self, u: Tensor, state: LayerState, lengths: Tensor, causal: bool) -> tuple[Tensor, LayerState]:
-        zxbcdt = F.linear(u, self.in_proj)
+        zxbcdt = linear(u, self.in_proj)
         run = self._short if u.shape[1] <= SHORT_BLOCK else self._long
         out, conv, ssm = run(zxbcdt, state, causal)
-        return F.linear(out, self.out_proj), LayerState(conv=conv, ssm=ssm) if causal else LayerState()
+        return linear(out, self.out_proj), LayerState(conv=conv, ssm=ssm) if causal else LayerState()
 
     def _short(
         self, zxbcdt: Tensor, state: LayerState, update_state: bool
@@ -155,9 +172,9 @@ class AttentionLayer(Layer):
         self.o_proj = parameter(config.hidden_size, queries, device=device, dtype=dtype)
 
     def mix(self, u: Tensor, state: LayerState, lengths: Tensor, causal: bool) -> tuple[Tensor, LayerState]:
-        q, k, v = (self._heads(F.linear(u, weight)) for weight in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (self._heads(linear(u, weight)) for weight in (self.q_proj, self.k_proj, self.v_proj))
         out = ops.block_attention(q, k, v, state.k, state.v, lengths, causal=causal)
-        out = F.linear(out.transpose(1, 2).flatten(-2), self.o_proj)
+        out = linear(out.transpose(1, 2).flatten(-2), self.o_proj)
         if not causal:
             return out, LayerState()
         assert state.k is not None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.config import TIME_FEATURES, Config
-from twotower.layers import Layer, build_layer, parameter
+from twotower.layers import Layer, build_layer, linear, parameter, row_by_row
 from twotower.state import State, accumulation_dtype
 from twotower_ext import ops
 
@@ -77,7 +77,7 @@ class Tower(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head on normed hidden rows (B, L, D): (B, L, V), float32 (float64 in a float64 model)."""
-        return F.linear(hidden, self.head).to(accumulation_dtype(hidden.dtype))
+        return linear(hidden, self.head).to(accumulation_dtype(hidden.dtype))
 
     def checkpoint_views(self, name: str, head: str) -> dict[str, Tensor]:
         """Checkpoint key -> view of the parameter it fills."""
@@ -128,7 +128,8 @@ class TimeConditioning(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t (B,) -> every layer's shift, scale and gate: (layers, 3, B, D)."""
-        common = self.block(self.embedding(self.features(t))).unflatten(-1, (3, -1)).transpose(0, 1)
+        common = row_by_row(lambda row: self.block(self.embedding(self.features(row))), t)
+        common = common.unflatten(-1, (3, -1)).transpose(0, 1)
         return common + self.tables[:, :, None]
 
     def checkpoint_views(self) -> dict[str, Tensor]:

@@ -30,6 +30,8 @@ def check_types(
     for name, value in (ints or {}).items():
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{op}: {name} must fit 64 bits, got {value}")
     for name, value in (floats or {}).items():
         if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
             raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
@@ -51,14 +53,30 @@ def empty(like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype | None = None
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
-def register_fake(name: str, fake: Callable[..., Any]) -> None:
-    """Registers the shapes-only kernel of `twotower::name`; mixed devices are refused as the real kernels do."""
+def register_fake(name: str, axes: dict[str, str], fake: Callable[..., Any]) -> None:
+    """Registers the shapes-only kernel of `twotower::name`.
+
+    axes: tensor argument -> its axes by name, where equal names are equal lengths ("_": any length). Ranks, lengths and
+    devices are checked as the real kernels do, values and dtypes are left to them.
+    """
+    schema = getattr(torch.ops.twotower, name).default._schema
 
     def checked(*args: Any) -> Any:
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        for t in tensors:
-            if t.device != tensors[0].device:
-                raise ValueError(f"{name}: all tensors must be on {tensors[0].device}, got {t.device}")
+        lengths: dict[str, Any] = {}
+        anchor = args[0]
+        for argument, value in zip((a.name for a in schema.arguments), args, strict=True):
+            if not isinstance(value, Tensor):
+                continue
+            if value.device != anchor.device:
+                first = schema.arguments[0].name
+                raise ValueError(f"{name}: {argument} must be on {anchor.device} with {first}, got {value.device}")
+            expected = axes[argument].split()
+            if value.ndim != len(expected) or any(
+                axis != "_" and lengths.setdefault(axis, length) != length
+                for axis, length in zip(expected, value.shape, strict=True)
+            ):
+                shape = ", ".join(str(lengths.get(axis, axis)) for axis in expected)
+                raise ValueError(f"{name}: {argument} must have shape ({shape}), got {tuple(value.shape)}")
         return fake(*args)
 
     torch.library.register_fake(f"twotower::{name}", checked)

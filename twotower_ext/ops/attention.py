@@ -59,7 +59,13 @@ def _block_attention_reference(q, k, v, context_k, context_v, context_lengths, c
     return reference.block_attention(q, k, v, context_k, context_v, context_lengths, causal=causal, scale=scale)
 
 
-register_fake("block_attention", lambda q, *rest: empty(q, q.shape))
+register_fake(
+    "block_attention",
+    {"q": "batch _ rows width", "context_lengths": "batch"}
+    | dict.fromkeys(("k", "v"), "batch kv_heads rows width")
+    | dict.fromkeys(("context_k", "context_v"), "batch kv_heads context width"),
+    lambda q, *rest: empty(q, q.shape),
+)
 register_gradient("block_attention", _block_attention_reference)
 
 
@@ -94,5 +100,9 @@ def two_stream_attention(
     return torch.ops.twotower.two_stream_attention(q, context_k, context_v, k, v, block_size)
 
 
-register_fake("two_stream_attention", lambda q, *rest: empty(q, q.shape))
+register_fake(
+    "two_stream_attention",
+    {"q": "batch _ rows width"} | dict.fromkeys(("context_k", "context_v", "k", "v"), "batch kv_heads rows width"),
+    lambda q, *rest: empty(q, q.shape),
+)
 register_gradient("two_stream_attention", reference.two_stream_attention)

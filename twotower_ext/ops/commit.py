@@ -60,7 +60,7 @@ def denoise_commit(
         steps: steps a block, at least 1.
         threshold: confidence above which a prediction is committed whatever the quota.
         mask_token_id: in [0, V); or −1, then −1 marks masked positions and every token can be predicted.
-        temperature: 0 is greedy.
+        temperature: 0 (greedy), or in [1e-6, 1e6].
         top_k: 0 is off; equal logits: the lowest ids stay.
         top_p: 1 is off; the smallest most-probable prefix whose mass reaches top_p stays, after top_k.
         seed: int s (row b uses s + b) or (B,) int64.
@@ -148,7 +148,17 @@ def _fake(block: Tensor) -> Commit:
     )
 
 
-register_fake("denoise_commit", lambda logits, block, *rest: _fake(block))
+_PER_ROW = dict.fromkeys(("step", "seed", "offset"), "batch")
+
+register_fake(
+    "denoise_commit",
+    {"logits": "batch rows _", "block": "batch rows"} | _PER_ROW,
+    lambda logits, block, *rest: _fake(block),
+)
 register_gradient("denoise_commit", None)
-register_fake("lm_head_commit", lambda hidden, weight, block, *rest: _fake(block))
+register_fake(
+    "lm_head_commit",
+    {"hidden": "batch rows width", "weight": "_ width", "block": "batch rows"} | _PER_ROW,
+    lambda hidden, weight, block, *rest: _fake(block),
+)
 register_gradient("lm_head_commit", None)

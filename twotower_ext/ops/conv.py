@@ -55,5 +55,9 @@ def _reference(x, weight, bias, initial_state, activation):
     return reference.causal_conv1d(x, weight, bias, initial_state, activation=activation)
 
 
-register_fake("causal_conv1d", _fake)
+register_fake(
+    "causal_conv1d",
+    {"x": "batch rows channels", "weight": "channels taps", "bias": "channels", "initial_state": "batch channels taps"},
+    _fake,
+)
 register_gradient("causal_conv1d", _reference)

@@ -46,7 +46,9 @@ def _moe_route_fake(x, gate_weight, correction_bias, top_k, scaling):
     return empty(x, shape, torch.int32), empty(x, shape, acc_dtype(x))
 
 
-register_fake("moe_route", _moe_route_fake)
+register_fake(
+    "moe_route", {"x": "tokens hidden", "gate_weight": "experts hidden", "correction_bias": "experts"}, _moe_route_fake
+)
 register_gradient("moe_route", reference.moe_route)
 
 
@@ -97,5 +99,17 @@ def _moe_experts_reference(x, expert_ids, expert_weights, up, down, shared_up, s
     return reference.moe_experts(x, expert_ids, expert_weights, up, down, shared_up, shared_down, activation=activation)
 
 
-register_fake("moe_experts", lambda x, *rest: empty(x, x.shape))
+register_fake(
+    "moe_experts",
+    {
+        "x": "tokens hidden",
+        "expert_ids": "tokens k",
+        "expert_weights": "tokens k",
+        "up": "experts _ hidden",
+        "down": "experts hidden _",
+        "shared_up": "_ hidden",
+        "shared_down": "hidden _",
+    },
+    lambda x, *rest: empty(x, x.shape),
+)
 register_gradient("moe_experts", _moe_experts_reference)

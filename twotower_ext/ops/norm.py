@@ -64,7 +64,12 @@ def _rms_norm_reference(x, weight, shift, scale, delta, gate, eps, modulate):
     return normed, None if delta is None else h
 
 
-register_fake("rms_norm", _rms_norm_fake)
+register_fake(
+    "rms_norm",
+    {"x": "batch rows hidden", "weight": "hidden", "delta": "batch rows hidden"}
+    | dict.fromkeys(("shift", "scale", "gate"), "batch hidden"),
+    _rms_norm_fake,
+)
 register_gradient("rms_norm", _rms_norm_reference)
 
 
@@ -95,5 +100,9 @@ def gated_group_rms_norm(y: Tensor, z: Tensor, weight: Tensor, group_size: int, 
     return torch.ops.twotower.gated_group_rms_norm(y, z, weight, group_size, eps)
 
 
-register_fake("gated_group_rms_norm", lambda y, z, weight, group_size, eps: empty(y, y.shape))
+register_fake(
+    "gated_group_rms_norm",
+    {"y": "batch rows d_inner", "z": "batch rows d_inner", "weight": "d_inner"},
+    lambda y, z, weight, group_size, eps: empty(y, y.shape),
+)
 register_gradient("gated_group_rms_norm", reference.gated_group_rms_norm)

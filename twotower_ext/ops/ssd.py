@@ -74,7 +74,18 @@ def _ssd_scan_reference(x, dt, A_log, B, C, D, dt_bias, initial_state, chunk_siz
     return results if states_every > 0 else (*results, None)
 
 
-register_fake("ssd_scan", _ssd_scan_fake)
+register_fake(
+    "ssd_scan",
+    {
+        "x": "batch rows heads head_dim",
+        "dt": "batch rows heads",
+        "B": "batch rows groups state",
+        "C": "batch rows groups state",
+        "initial_state": "batch heads head_dim state",
+    }
+    | dict.fromkeys(("A_log", "D", "dt_bias"), "heads"),
+    _ssd_scan_fake,
+)
 register_gradient("ssd_scan", _ssd_scan_reference)
 
 
@@ -149,7 +160,8 @@ def _mamba_block_fake(
     if not update_state:
         return out, None, None
     new_conv = empty(zxbcdt, (batch, *conv_weight.shape))
-    return out, new_conv, empty(zxbcdt, (batch, heads, d_inner // heads, state_size), acc_dtype(zxbcdt))
+    new_ssm = (batch, heads, d_inner // heads if heads > 0 else 0, state_size)
+    return out, new_conv, empty(zxbcdt, new_ssm, acc_dtype(zxbcdt))
 
 
 def _mamba_block_reference(
@@ -162,5 +174,17 @@ def _mamba_block_reference(
     )  # fmt: skip
 
 
-register_fake("mamba_block", _mamba_block_fake)
+register_fake(
+    "mamba_block",
+    {
+        "zxbcdt": "batch rows _",
+        "conv_weight": "conv_dim taps",
+        "conv_bias": "conv_dim",
+        "norm_weight": "d_inner",
+        "conv_state": "batch conv_dim taps",
+        "ssm_state": "batch heads _ _",
+    }
+    | dict.fromkeys(("A_log", "D", "dt_bias"), "heads"),
+    _mamba_block_fake,
+)
 register_gradient("mamba_block", _mamba_block_reference)
