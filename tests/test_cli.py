@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 import shutil
@@ -14,9 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import twotower
-from safetensors import safe_open
 from screen import Screen
 from tokenizers import Tokenizer, models, pre_tokenizers
 from twotower import cli
@@ -26,6 +25,7 @@ from twotower_ext import registry
 
 SHORT = ("--max-new-tokens", "20", "--device", "cpu")
 GENERATE = ("--prompt-ids", "5,6,7", *SHORT)
+PLACE = ("--device", "cpu", "--dtype", "bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +109,10 @@ def test_every_setting_reaches_generate(checkpoint, monkeypatch, capsys):
         "temperature": 0.7, "top_k": 9, "top_p": 0.9, "seed": 11, "eos_token_id": 8,
     }  # fmt: skip
     options = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    assert cli.main(["generate", checkpoint, "--prompt-ids", "5", *options, "--dtype", "bfloat16", "--json"]) == 0
+    assert cli.main(["generate", checkpoint, "--prompt-ids", "5", *options, *PLACE, "--json"]) == 0
     assert {name: seen[name] for name in given} == given
     settings = json.loads(capsys.readouterr().out)["settings"]
-    assert settings["dtype"] == "bfloat16"
-    assert settings["device"] == ("cuda" if torch.cuda.is_available() and twotower_ext.build_info()["cuda"] else "cpu")
+    assert (settings["device"], settings["dtype"]) == ("cpu", "bfloat16")
 
 
 def test_output_ends_with_the_end_token(model, checkpoint, capsys):
@@ -155,15 +154,21 @@ def test_text_in_text_out(model, with_tokenizer, capsys):
         (["--prompt-ids", "5,x"], "must be integers separated by commas, got '5,x'"),
         (["--prompt-ids", "5,256"], "must be in [0, 256), got 256"),
         (["--prompt-ids", "9" * 30], "must be in [0, 256)"),
+        (["--prompt-ids", "5_0"], "must be integers separated by commas, got '5_0'"),
+        (["--prompt-ids", "٥"], "must be integers separated by commas, got '٥'"),
         (["--prompt-ids", "5", "--mode", "fast"], "invalid choice: 'fast'"),
         (["--prompt-ids", "5", "--block-size", "0"], "block_size"),
-        (["--prompt-ids", "5", "--block-size", "many"], "--block-size"),
+        (["--prompt-ids", "5", "--block-size", "many"], "--block-size: invalid integer value: 'many'"),
+        (["--prompt-ids", "5", "--seed", "1_0"], "--seed: invalid integer value: '1_0'"),
+        (["--prompt-ids", "5", "--top-p", "0_1"], "--top-p: invalid number value: '0_1'"),
         (["--prompt-ids", "5", "--max-new-tokens", "-1"], "max_new_tokens"),
         (["--prompt-ids", "5", "--temperature", "nan"], "temperature"),
         (["--prompt-ids", "5", "--top-p", "0"], "top_p"),
         (["--prompt-ids", "5", "--eos-token-id", "256"], "eos_token_id"),
         (["--prompt-ids", "5", "--eos-token-id", "never"], "must be an integer or none, got 'never'"),
-        (["--prompt-ids", "5", "--device", "abacus"], "abacus"),
+        (["--prompt-ids", "5", "--device", "abacus"], "--device: must be cpu, cuda or cuda:N, got 'abacus'"),
+        (["--prompt-ids", "5", "--device", ""], "--device: must be cpu, cuda or cuda:N, got ''"),
+        (["--prompt-ids", "5", "--device", "cpu:3"], "--device: must be cpu, cuda or cuda:N, got 'cpu:3'"),
         (["--prompt-ids", "5", "--device", "cuda:99"], "cuda:99"),
         (["--prompt-ids", "5", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["--prompt-ids", "5", "--frobnicate"], "--frobnicate"),
@@ -193,16 +198,97 @@ def test_bad_files_are_one_line_errors(golden, tmp_path, capsys):
     assert_one_line_error(["generate", str(tmp_path), *GENERATE], "model.safetensors", capsys)
     (tmp_path / "model.safetensors").write_bytes(b"not a checkpoint")
     assert_one_line_error(["generate", str(tmp_path), *GENERATE], "model.safetensors", capsys)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert_one_line_error(["generate", str(tmp_path), *GENERATE], "tokenizer.json: not a tokenizer", capsys)
     (tmp_path / "config.json").write_text("{")
     assert_one_line_error(["info", str(tmp_path)], "not valid JSON", capsys)
+    (tmp_path / "config.json").write_text('{"\\u001b[2J\\u009b": 1}')
+    assert_one_line_error(["info", str(tmp_path)], "config has unknown fields: ␛[2J\ufffd", capsys)
 
 
-def test_many_line_messages_become_one():
+def test_long_paths_are_cut_but_named(tmp_path, capsys):
+    long = tmp_path.joinpath(*["directory" * 20] * 8)
+    assert_one_line_error(["info", str(long)], f"twotower: error: {tmp_path}", capsys)
+    assert_one_line_error(["info", str(long)], "directory: no such file", capsys)
+
+
+def test_messages_become_one_short_line():
     assert cli.one_line(RuntimeError("CUDA error\n  at line 3\n")) == "CUDA error at line 3"
-    assert len(cli.one_line(RuntimeError("word " * 1000))) <= 600
+    assert cli.one_line(RuntimeError("a" * 599 + "b")) == "a" * 599 + "b"
+    assert cli.one_line(RuntimeError("a" * 999 + "b")) == "a" * 295 + " ... " + "a" * 299 + "b"
     assert cli.one_line(MemoryError()) == "MemoryError"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--top-p", "2"], "top_p must be"),
+        (["--eos-token-id", "256"], "eos_token_id must be"),
+        (["--block-size", "0", "--mode", "ar"], "block_size must be"),
+        (["--temperature", "nan"], "temperature must be"),
+        (["--prompt-ids", "256"], "must be in [0, 256), got 256"),
+    ],
+)
+def test_nothing_is_loaded_for_bad_options(options, message, checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(twotower, "load", lambda *_, **__: pytest.fail("loaded the checkpoint"))
+    assert_one_line_error(["generate", checkpoint, *GENERATE, *options], message, capsys)
+
+
+def test_the_gpu_is_the_default_once_it_has_every_kernel(monkeypatch):
+    rows = {name: dataclasses.replace(row, cuda=True) for name, row in registry.OPS.items()}
+    monkeypatch.setattr(registry, "OPS", rows)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(twotower_ext, "build_info", lambda: {"cuda": True})
+    assert cli._default_device() == "cuda"
+    rows["ssd_scan"] = dataclasses.replace(rows["ssd_scan"], cuda=False)
+    assert cli._default_device() == "cpu"
+
+
+# A tokenizer.json that does not work
+
+
+def write_tokenizer(checkpoint: str, directory: Path, content: str) -> str:
+    """A copy of the checkpoint beside a tokenizer.json with this content."""
+    shutil.copytree(checkpoint, directory, dirs_exist_ok=True)
+    (directory / "tokenizer.json").write_text(content)
+    return str(directory)
+
+
+def test_prompts_a_tokenizer_cannot_encode(checkpoint, tmp_path, capsys):
+    without_unknown = Tokenizer(models.WordLevel({"w5": 5}, unk_token="[UNK]")).to_str()
+    broken = write_tokenizer(checkpoint, tmp_path, without_unknown)
+    assert_one_line_error(["generate", broken, "--prompt", "x", *SHORT], "tokenizer.json: cannot encode", capsys)
+    broken = write_tokenizer(checkpoint, tmp_path, "{}")
+    assert_one_line_error(["generate", broken, "--prompt", "x", *SHORT], "tokenizer.json: not a tokenizer", capsys)
+
+
+def test_ids_need_no_working_tokenizer(checkpoint, model, tmp_path, capsys):
+    broken = write_tokenizer(checkpoint, tmp_path, "{}")
+    assert cli.main(["generate", broken, *GENERATE]) == 0
+    stdout, stderr = capsys.readouterr()
+    expected = twotower.generate(model, [[5, 6, 7]], max_new_tokens=20).tokens[0]
+    assert stdout == " ".join(map(str, expected)) + "\n"
+    assert re.match(r"twotower: note: .*tokenizer.json: not a tokenizer: .*; printing token ids\n", stderr)
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("failure", [Exception, type("Panic", (BaseException,), {})])
+def test_tokens_a_tokenizer_cannot_decode(live, failure, with_tokenizer, monkeypatch, capsys):
+    class OnlyDecodesThePrompt:
+        encode = from_file = classmethod(lambda cls, text: cls)
+        ids = (5, 6, 7)
+
+        @classmethod
+        def decode(cls, ids):
+            if len(ids) > len(cls.ids):
+                raise failure("no such\ntoken")
+            return ""
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", OnlyDecodesThePrompt)
+    monkeypatch.setattr(cli, "supports_live", lambda stream: live)
+    assert cli.main(["generate", with_tokenizer, "--prompt", "w5 w6 w7", *SHORT]) == 2
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ("\x1b[?25l\n\x1b[?25h" if live else "")
+    message = f"{with_tokenizer}/tokenizer.json: cannot decode token ids: no such token"
+    assert stderr == f"twotower: error: {message}\n"
 
 
 def test_interruption_is_quiet(checkpoint, monkeypatch, capsys):
@@ -214,13 +300,38 @@ def test_interruption_is_quiet(checkpoint, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_closed_pipe_is_quiet(checkpoint):
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-m", "twotower", "info", checkpoint]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=subprocess_environment(), check=False)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (141, b"")
+def run_in_shell(redirected: str, checkpoint: str) -> tuple[int, str, str]:
+    """Runs "twotower ..." with its redirections; of a pipeline, returns the first command's status."""
+    command = redirected.replace("twotower", '"$0" -m twotower', 1).replace("MODEL", '"$1"')
+    done = subprocess.run(
+        ["bash", "-c", f'{command}; exit "${{PIPESTATUS[0]}}"', sys.executable, checkpoint],
+        capture_output=True,
+        text=True,
+        env=subprocess_environment(),
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "stdout", "stderr"),
+    [
+        ("twotower info MODEL >&-", 0, "", ""),
+        ("twotower info MODEL | exec true", 141, "", ""),
+        ("twotower --help | exec true", 0, "", ""),
+        ("twotower info MODEL >/dev/full", 2, "", "twotower: error: .*No space left on device\n"),
+        ("twotower generate MODEL --prompt-ids 5 --max-new-tokens 2 >&-", 0, "", "2 tokens in .*\n"),
+        ("twotower generate MODEL --prompt-ids 5 --max-new-tokens 2 2>&-", 0, r"\d+ \d+\n", ""),
+        ("twotower generate MODEL --prompt-ids 999 2>&-", 2, "", ""),
+        ("twotower generate MODEL --prompt-ids 999 2>&1 | exec true", 2, "", ""),
+    ],
+)
+def test_streams_nobody_reads(command, status, stdout, stderr, checkpoint):
+    got = run_in_shell(command, checkpoint)
+    assert got[0] == status, got
+    assert re.fullmatch(stdout, got[1]), got
+    assert re.fullmatch(stderr, got[2]), got
 
 
 def test_version(capsys):
@@ -260,83 +371,8 @@ def test_a_terminal_shows_the_block_denoise(mode, model, checkpoint):
     assert "tokens/NFE" in stderr
 
 
-@pytest.mark.parametrize("refusal", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+@pytest.mark.parametrize("refusal", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"COLUMNS": "8"}, {"LINES": "1"}])
 def test_a_terminal_can_refuse_escape_sequences(refusal, checkpoint):
     status, received, stderr = run_in_terminal(["generate", checkpoint, *GENERATE], 80, 24, **refusal)
     assert status == 0, stderr
     assert re.fullmatch(r"(\d+ ?)+\r\n", received)
-
-
-# info and doctor
-
-
-def test_info_counts_what_the_file_holds(golden, model, tmp_path, capsys):
-    shutil.copy(golden.checkpoint / "config.json", tmp_path)  # no weights beside it
-    assert cli.main(["info", str(tmp_path), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    with safe_open(golden.checkpoint / "model.safetensors", "pt") as file:
-        names = file.keys()
-        sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in names}
-    towers = {
-        "context_tower": ("context_tower.", "context_lm_head."),
-        "denoiser_tower": ("denoiser_tower.", "lm_head."),
-    }
-    for tower, prefixes in towers.items():
-        own = {name: size for name, size in sizes.items() if name.startswith(prefixes)}
-        experts = sum(size for name, size in own.items() if ".experts." in name)
-        assert facts["parameters"][tower] == sum(own.values())
-        assert facts["active_parameters_per_token"][tower] == sum(own.values()) - experts * 10 // 16
-    assert facts["parameters"]["total"] == sum(sizes.values())
-    assert facts["layers"] == {"mamba": 3, "attention": 2, "moe": 3}
-    assert facts["weight_bytes"]["float32"] == sum(parameter.nbytes for parameter in model.parameters())
-
-    def state_bytes(length):
-        _, state = model.prefill([[5] * length])
-        tensors = (tensor for layer in state.layers for tensor in (layer.conv, layer.ssm, layer.k, layer.v))
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-    held = facts["state_bytes"]["float32"]
-    assert [state_bytes(n) for n in (1, 9)] == [held["per_row"] + n * held["per_token"] for n in (1, 9)]
-
-    assert cli.main(["info", str(tmp_path / "config.json")]) == 0
-    table = capsys.readouterr().out
-    assert f"{sum(sizes.values()):,}" in table
-    assert "MEM*EME*" in table
-
-
-def test_doctor_finds_nothing_wrong(capsys):
-    assert cli.main(["doctor"]) == 0
-    stdout, stderr = capsys.readouterr()
-    assert re.findall(r"^  ok +(\w+) +float32, bfloat16 on ", stdout, re.MULTILINE) == list(registry.OPS)
-    assert stderr == ""
-    assert torch.__version__.split("+")[0] in stdout
-
-
-@pytest.mark.parametrize("fault", ["wrong numbers", "exception"])
-def test_doctor_names_a_broken_op(fault, monkeypatch, capsys):
-    class Broken(registry.OpRow):
-        @property
-        def op(self):
-            if fault == "exception":
-                raise RuntimeError("no such\nkernel")
-            return lambda *args, **kwargs: super(Broken, self).op(*args, **kwargs) + 1
-
-    row = registry.OPS["gated_group_rms_norm"]
-    values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
-    monkeypatch.setitem(registry.OPS, row.name, Broken(**values))
-    assert cli.main(["doctor"]) == 1
-    stdout, stderr = capsys.readouterr()
-    reason = {"wrong numbers": "largest difference", "exception": "RuntimeError: no such kernel"}[fault]
-    assert re.search(rf"^  FAIL +{row.name} .*{reason}", stdout, re.MULTILINE)
-    assert len(re.findall("^  ok ", stdout, re.MULTILINE)) == len(registry.OPS) - 1
-    errors = stderr.splitlines()
-    assert errors
-    assert all(re.match(rf"twotower: error: {row.name}, .*{reason}", line) for line in errors)
-
-
-def test_doctor_says_how_to_build_what_is_missing(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "twotower_ext", None)
-    assert cli.main(["doctor"]) == 1
-    stderr = capsys.readouterr().err
-    assert len(stderr.splitlines()) == 1
-    assert "pip install -e ." in stderr

@@ -128,10 +128,14 @@ def test_wrong_type(raw, name, value, message):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("hidden_size", 0, "'hidden_size' must be positive and finite, got 0"),
-        ("n_groups", -2, "'n_groups' must be positive and finite, got -2"),
-        ("layer_norm_epsilon", math.nan, "'layer_norm_epsilon' must be positive and finite, got nan"),
-        ("routed_scaling_factor", math.inf, "'routed_scaling_factor' must be positive and finite, got inf"),
+        ("hidden_size", 0, "'hidden_size' must be positive and at most 2147483647, got 0"),
+        ("n_groups", -2, "'n_groups' must be positive and at most 2147483647, got -2"),
+        ("layer_norm_epsilon", math.nan, "'layer_norm_epsilon' must be positive and at most 2147483647, got nan"),
+        ("routed_scaling_factor", math.inf, "'routed_scaling_factor' must be positive and at most 2147483647, got inf"),
+        ("vocab_size", 2**31, "'vocab_size' must be positive and at most 2147483647, got 2147483648"),
+        ("routed_scaling_factor", 10**400, "'routed_scaling_factor' must be positive and .*, got an int of 1329 bits"),
+        ("num_hidden_layers", 10**8, "'num_hidden_layers' must be positive and at most 4096, got 100000000"),
+        ("n_routed_experts", 10**8, "'n_routed_experts' must give at most 65536 experts in all, got 100000000 in each"),
         ("num_hidden_layers", 9, "'hybrid_override_pattern' must have num_hidden_layers = 9 characters, got 8"),
         ("hybrid_override_pattern", "MEM*", "must have num_hidden_layers = 8 characters, got 4"),
         ("hybrid_override_pattern", "MEM-EME*", "may hold only M, . and E, got '-' at layer 3"),
@@ -147,6 +151,15 @@ def test_wrong_type(raw, name, value, message):
 def test_inconsistent_value(raw, name, value, message):
     with pytest.raises(ValueError, match=message):
         Config.from_dict(raw | {name: value})
+
+
+def test_the_largest_number_of_tensors(raw):
+    largest = {"hybrid_override_pattern": "E" * 4096, "num_hidden_layers": 4096, "n_routed_experts": 16}
+    assert len(Config.from_dict(raw | largest).parameter_shapes()) == 2 * (4096 * (2 * 16 + 5) + 3) + 6 + 4096
+    with pytest.raises(ValueError, match="must give at most 65536 experts in all, got 17 in each of 4096 layers"):
+        Config.from_dict(raw | largest | {"n_routed_experts": 17})
+    with pytest.raises(ValueError, match="'num_hidden_layers' must be positive and at most 4096, got 4097"):
+        Config.from_dict(raw | {"hybrid_override_pattern": "M" * 4097, "num_hidden_layers": 4097})
 
 
 @pytest.mark.parametrize(

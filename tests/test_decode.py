@@ -38,6 +38,30 @@ def test_rows_do_not_know_their_neighbours(model, mode, temperature):
         assert backwards.nfe[::-1] == together.nfe
 
 
+def test_every_row_counts_its_own_evaluations(model):
+    """A row's draws depend on how many evaluations it has had, whatever its neighbours needed."""
+    options = {"temperature": 1.0, "confidence_threshold": 0.05, "max_new_tokens": 40, "eos_token_id": None}
+    together = generate(model, PROMPTS, seed=40, **options)
+    assert len(set(together.nfe)) > 1
+    for row, prompt in enumerate(PROMPTS):
+        alone = generate(model, [prompt], seed=40 + row, **options)
+        assert (alone.tokens[0], alone.nfe[0]) == (together.tokens[row], together.nfe[row])
+
+
+@pytest.mark.parametrize(("mode", "temperature"), [("ar", 0.0), ("mock_ar", 1.0), ("mask_diffusion", 0.0)])
+def test_close_decisions_do_not_know_their_neighbours(golden, mode, temperature):
+    """In bfloat16 equal and nearly equal logits are common: a difference in rounding would tip them."""
+    model = twotower.load(golden.checkpoint, dtype=torch.bfloat16)
+    random = torch.Generator().manual_seed(5)
+    lengths = torch.randint(1, 7, (24,), generator=random).tolist()
+    prompts = [torch.randint(4, 256, (length,), generator=random).tolist() for length in lengths]
+    options = {"temperature": temperature, "confidence_threshold": 0.1, "max_new_tokens": 8}
+    together = generate(model, prompts, mode, seed=7, **options)
+    for row, prompt in enumerate(prompts):
+        alone = generate(model, [prompt], mode, seed=7 + row, **options)
+        assert (alone.tokens[0], alone.nfe[0]) == (together.tokens[row], together.nfe[row])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_tensors_and_lists_are_the_same_prompts(model, mode):
     rows = [[5, 6, 7], [8, 9, 10]]

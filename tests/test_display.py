@@ -16,7 +16,7 @@ def decode_words(ids):
     return "".join(f" {'x' * (token % 11)}{token}" for token in ids)
 
 
-@pytest.mark.parametrize(("columns", "rows"), [(9, 4), (20, 3), (33, 8), (80, 24)])
+@pytest.mark.parametrize(("columns", "rows"), [(4, 9), (8, 6), (9, 4), (20, 3), (33, 8), (80, 24)])
 def test_display_leaves_only_the_text_in_any_terminal(columns, rows, monkeypatch):
     monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, rows)))
     generator = torch.Generator().manual_seed(0)
@@ -30,13 +30,26 @@ def test_display_leaves_only_the_text_in_any_terminal(columns, rows, monkeypatch
                 known = set(order[:step])
                 shown = [token if i in known else None for i, token in enumerate(block)]
                 live.show(shown, [i == order[step - 1] for i in range(16)], f"block {number}, step {step}")
-                assert screen.text()[-1] == f"block {number}, step {step}"[: max(columns - 1, 8)]
+                assert screen.text()[-1] == f"block {number}, step {step}"[: columns - 1].rstrip()
                 if rows > 12:  # else lines of the block may be off the screen
                     assert sum(line.count("░") for line in screen.text()) == 3 * (16 - step)
             live.settle(block, final=number == 4)
             tokens += block
-    expected = display.wrap([(decode_words(tokens), "")], max(columns - 1, 8))
+    expected = display.wrap([(decode_words(tokens), "")], columns - 1)
     assert screen.text() == [display.paint(line) for line in expected]
+
+
+@pytest.mark.parametrize(("columns", "rows", "enough"), [(9, 2, True), (8, 24, False), (80, 1, False)])
+def test_display_needs_room(columns, rows, enough, monkeypatch):
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, rows)))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+    class Console(Terminal):
+        def isatty(self) -> bool:
+            return True
+
+    assert display.supports_live(Console(Screen(columns, rows))) == enough
 
 
 def test_display_dims_what_an_end_token_cuts_off(monkeypatch):

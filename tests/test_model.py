@@ -207,10 +207,14 @@ def test_float64_model(golden, model):
 
 @pytest.mark.parametrize("length", [16, 40])
 def test_bfloat16_error_is_that_of_torch(golden, model, monkeypatch, length):
-    """At most twice the error of the same model on the plain torch ops, against float32."""
-    ids = golden["prefill.b1.s40.input_ids"][:, :length]
-    block = golden["denoise.b1.s17.L16.t0.5.block_ids"]
-    t = torch.tensor([0.5])
+    """At most twice the error of the same model on the plain torch ops, against float32.
+
+    Over many rows, because rounding flips near ties of the random router, in one of the two but not the other.
+    """
+    rows = 12
+    generator = torch.Generator().manual_seed(length)
+    ids, block = (torch.randint(256, (rows, n), generator=generator) for n in (length, 16))
+    t = torch.linspace(0.1, 1, rows)
 
     def outputs(any_model):
         logits, state = any_model.prefill(ids)
@@ -226,7 +230,7 @@ def test_bfloat16_error_is_that_of_torch(golden, model, monkeypatch, length):
         assert actual.dtype == torch.float32
         error, allowed = ((x - expected).square().mean().sqrt() for x in (actual, baseline))
         assert error <= 2 * allowed
-        assert allowed < 0.2 * expected.std()  # rounding flips near ties of the random router
+        assert allowed < 0.3 * expected.std()
 
 
 def test_parameters_keep_their_precision(golden):

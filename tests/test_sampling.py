@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from enum import IntEnum
 
+import numpy as np
 import pytest
 import torch
 import twotower
+from twotower.decode import check_options
 
 MODES = ("ar", "mock_ar", "mask_diffusion")
 PROMPTS = [[5, 6, 7, 8, 9], [11], [12, 13, 14]]
@@ -113,14 +117,14 @@ def test_filters_and_the_fused_head_agree(model):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"mode": 5}, TypeError, "mode must be a string, got int"),
+        ({"mode": 5}, TypeError, "mode must be one of .*, got 5"),
         ({"mode": "speculative"}, ValueError, "mode must be one of mask_diffusion, mock_ar, ar, got 'speculative'"),
-        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be an int of at least 1, got 0"),
-        ({"max_new_tokens": 4.0}, TypeError, r"max_new_tokens must be an int of at least 1, got 4\.0"),
-        ({"block_size": -1}, ValueError, "block_size must be an int of at least 1, got -1"),
-        ({"block_size": True}, TypeError, "block_size must be an int of at least 1, got True"),
-        ({"steps_per_block": 0}, ValueError, "steps_per_block must be an int of at least 1, got 0"),
-        ({"steps_per_block": None}, TypeError, "steps_per_block must be an int of at least 1, got None"),
+        ({"max_new_tokens": 0}, ValueError, r"max_new_tokens must be an int in \[1, 2\*\*31\), got 0"),
+        ({"max_new_tokens": 4.0}, TypeError, r"max_new_tokens must be an int in \[1, 2\*\*31\), got 4\.0"),
+        ({"block_size": -1}, ValueError, r"block_size must be an int in \[1, 2\*\*31\), got -1"),
+        ({"block_size": True}, TypeError, r"block_size must be an int in \[1, 2\*\*31\), got True"),
+        ({"steps_per_block": 0}, ValueError, r"steps_per_block must be an int in \[1, 2\*\*31\), got 0"),
+        ({"steps_per_block": None}, TypeError, r"steps_per_block must be an int in \[1, 2\*\*31\), got None"),
         ({"confidence_threshold": 1.5}, ValueError, r"confidence_threshold must be a number in \[0, 1\], got 1\.5"),
         ({"confidence_threshold": math.nan}, ValueError, r"confidence_threshold must be .*, got nan"),
         ({"confidence_threshold": "0.8"}, TypeError, r"confidence_threshold must be .*, got '0\.8'"),
@@ -129,12 +133,22 @@ def test_filters_and_the_fused_head_agree(model):
         ({"mask_token_id": None}, TypeError, r"mask_token_id must be a token id in \[0, 256\), got None"),
         ({"eos_token_id": 256}, ValueError, r"eos_token_id must be None or a token id in \[0, 256\), got 256"),
         ({"eos_token_id": [2]}, TypeError, r"eos_token_id must be None or .*, got \[2\] \(list\)"),
-        ({"temperature": -0.1}, ValueError, r"temperature must be a finite number of at least 0, got -0\.1"),
-        ({"temperature": math.inf}, ValueError, "temperature must be a finite number of at least 0, got inf"),
-        ({"temperature": math.nan}, ValueError, "temperature must be a finite number of at least 0, got nan"),
-        ({"temperature": False}, TypeError, "temperature must be a finite number of at least 0, got False"),
-        ({"top_k": -1}, ValueError, "top_k must be an int of at least 0, got -1"),
-        ({"top_k": 2.0}, TypeError, r"top_k must be an int of at least 0, got 2\.0"),
+        ({"temperature": -0.1}, ValueError, r"temperature must be 0 or in \[1e-6, 1e6\], got -0\.1"),
+        ({"temperature": math.inf}, ValueError, r"temperature must be 0 or in \[1e-6, 1e6\], got inf"),
+        ({"temperature": math.nan}, ValueError, r"temperature must be 0 or in \[1e-6, 1e6\], got nan"),
+        ({"temperature": False}, TypeError, r"temperature must be 0 or in \[1e-6, 1e6\], got False"),
+        *(({"temperature": value}, ValueError, "temperature must be 0 or in") for value in (1e300, 1e-7, 1.1e6, 2**62)),
+        ({"temperature": 10**5000}, ValueError, r"temperature must be 0 or in .*, got an int of 16610 bits"),
+        ({"confidence_threshold": 10**400}, ValueError, r"confidence_threshold must be .*, got an int of 1329 bits"),
+        *(
+            ({name: value, "temperature": 1.0}, ValueError, rf"{name} must be an int in \[\d, 2\*\*31\), got")
+            for name in ("max_new_tokens", "block_size", "steps_per_block", "top_k")
+            for value in (2**31, 2**62, 10**20)
+        ),
+        ({"top_k": np.int64(5)}, TypeError, r"top_k must be an int in .*\(int64\)"),
+        ({"trim": np.True_}, TypeError, "trim must be a bool"),
+        ({"top_k": -1}, ValueError, r"top_k must be an int in \[0, 2\*\*31\), got -1"),
+        ({"top_k": 2.0}, TypeError, r"top_k must be an int in \[0, 2\*\*31\), got 2\.0"),
         ({"top_p": 0.0}, ValueError, r"top_p must be a number in \(0, 1\], got 0\.0"),
         ({"top_p": 1.1}, ValueError, r"top_p must be a number in \(0, 1\], got 1\.1"),
         ({"top_p": "1"}, TypeError, r"top_p must be a number in \(0, 1\], got '1'"),
@@ -142,12 +156,63 @@ def test_filters_and_the_fused_head_agree(model):
         ({"seed": 1.0}, TypeError, r"seed must be an int in .*, got 1\.0"),
         ({"trim": 1}, TypeError, "trim must be a bool, got 1"),
         ({"record": None}, TypeError, "record must be a bool, got None"),
-        ({"on_step": 5}, TypeError, "on_step must be None or callable, got int"),
+        ({"on_step": 5}, TypeError, "on_step must be callable or None, got 5"),
     ],
 )
 def test_bad_arguments(model, options, error, message):
     with pytest.raises(error, match=f"generate: {message}"):
         twotower.generate(model, [[5]], **options)
+    with pytest.raises(error, match=f"generate: {message}"):
+        check_options(model.config, **options)
+
+
+def test_options_can_be_checked_without_a_model(model):
+    """`check_options` knows every option of `generate`; its defaults pass."""
+    parameters = list(inspect.signature(twotower.generate).parameters.values())[2:]
+    assert check_options(model.config, **{parameter.name: parameter.default for parameter in parameters}) is None
+    for parameter in parameters:
+        with pytest.raises(TypeError, match=f"generate: {parameter.name} must be"):
+            check_options(model.config, **{parameter.name: [0.5]})
+    with pytest.raises(TypeError, match="generate: unknown option 'top_q'"):
+        check_options(model.config, top_q=1)
+
+
+def test_subclasses_of_numbers(model):
+    exact = {"temperature": 0.5, "confidence_threshold": 0.25, "top_p": 0.75, "top_k": 5, "seed": 7}
+
+    class Int(IntEnum):
+        FIVE = 5
+        SEVEN = 7
+
+    options = {"temperature": np.float64(0.5), "confidence_threshold": np.float64(0.25), "top_p": np.float64(0.75)}
+    out = generate(model, PROMPTS, **options, top_k=Int.FIVE, seed=Int.SEVEN)
+    assert out.tokens == generate(model, PROMPTS, **exact).tokens
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e6])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_largest_options(model, mode, temperature):
+    """Blocks are never longer than what is asked for, however large block_size is."""
+    largest = {"block_size": 2**31 - 1, "steps_per_block": 2**31 - 1, "top_k": 2**31 - 1, "temperature": temperature}
+    out = generate(model, PROMPTS, mode, **largest, max_new_tokens=5)
+    assert list(map(len, out.tokens)) == [5] * len(PROMPTS)
+    assert generate(model, PROMPTS, mode, max_new_tokens=5, block_size=5, temperature=temperature).tokens == out.tokens
+    if temperature < 1:
+        assert out.tokens == generate(model, PROMPTS, mode, max_new_tokens=5, block_size=5).tokens
+
+
+def test_arguments_by_position(model):
+    """In the order in which they are documented."""
+    assert ", ".join(inspect.signature(twotower.generate).parameters) == (
+        "model, input_ids, mode, max_new_tokens, block_size, steps_per_block, confidence_threshold, mask_token_id, "
+        "temperature, top_k, top_p, eos_token_id, seed, trim, record, on_step"
+    )
+    arguments = ("mask_diffusion", 12, 8, 4, 0.5, 9, 1.0, 5, 0.9, None, 7, False, True, None)
+    out = twotower.generate(model, [[5, 6]], *arguments)
+    options = {"max_new_tokens": 12, "block_size": 8, "steps_per_block": 4, "confidence_threshold": 0.5}
+    options |= {"mask_token_id": 9, "temperature": 1.0, "top_k": 5, "top_p": 0.9, "eos_token_id": None, "seed": 7}
+    expected = twotower.generate(model, [[5, 6]], **options, trim=False, record=True)
+    assert (out.tokens, out.steps) == (expected.tokens, expected.steps)
 
 
 def test_bad_model(model):

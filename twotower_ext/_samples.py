@@ -98,6 +98,7 @@ def ssd_scan(m: Maker) -> Iterator[Sample]:
     for rows, chunk in ((1, 8), (7, 16), (16, 8), (33, 16)):
         inputs = _scan_inputs(m, 2, rows, 4, 8, 2, 16)
         yield Sample(f"rows-{rows}", (*inputs, m.acc(4), m.acc(4), m.acc(2, 4, 8, 16)), {"chunk_size": chunk})
+    yield Sample("wide heads", (*_scan_inputs(m, 1, 2, 2, 50, 1, 5), m.acc(2), None, m.acc(1, 2, 50, 5)))
     x, dt, a, b, c = _scan_inputs(m, 2, 9, 6, 5, 3, 7)
     yield Sample("strided", (_strided(x), _strided(dt), a, _strided(b), _strided(c)), {"states_every": 4})
     inputs = _scan_inputs(m, 2, 0, 4, 8, 2, 16)
@@ -119,6 +120,8 @@ def mamba_block(m: Maker) -> Iterator[Sample]:
     sizes = dict(heads=4, groups=2, state_size=16)
     for rows in (1, 3, 16, 19):
         yield Sample(f"rows-{rows}", _mamba(m, 2, rows, 4, 8, 2, 16, 4), sizes | {"update_state": rows % 2 == 1})
+    eight = dict(heads=16, groups=8, state_size=3, update_state=True)
+    yield Sample("eight groups", _mamba(m, 1, 2, 16, 5, 8, 3, 4), eight)
     args = list(_mamba(m, 2, 5, 4, 8, 2, 16, 4))
     args[0], args[2], args[7], args[8] = _strided(args[0]), None, None, None
     yield Sample("fresh", tuple(args), sizes | {"update_state": True, "eps": 1e-6})
@@ -152,6 +155,7 @@ def moe_experts(m: Maker) -> Iterator[Sample]:
     yield Sample("shared", (*_experts(m, 33, 40, 8, 16, 3), m.act(24, 40, scale=0.2), m.act(40, 24, scale=0.2)))
     gated = _experts(m, 5, 16, 6, 8, 2, gated=True)
     yield Sample("gated", (*gated, m.act(20, 16, scale=0.2), m.act(16, 10, scale=0.2)), {"activation": "silu_gate"})
+    yield Sample("129 wide", _experts(m, 3, 129, 2, 129, 1))
     x, ids, weights, up, down = _experts(m, 9, 16, 8, 12, 2)
     one = torch.full_like(ids, 5).to(torch.int64)
     yield Sample("one expert twice", (_strided(x), one, weights, up, down))
@@ -165,6 +169,8 @@ def block_attention(m: Maker) -> Iterator[Sample]:
         keys = (m.act(batch, 2, context, 16), m.act(batch, 2, context, 16))
         lengths = (m.ids(context + 1, batch)).to(torch.int32)
         yield Sample(f"context-{context}", (*qkv, *keys, lengths), {"causal": causal})
+    ragged = (m.act(2, 1, 130, 4), m.act(2, 1, 130, 4), m.ids(131, 2).to(torch.int32))
+    yield Sample("sixteen heads a key", (*(m.act(2, h, 3, 4) for h in (16, 1, 1)), *ragged))
     transposed = [m.act(2, 7, h, 8).transpose(1, 2) for h in (6, 3, 3)]
     yield Sample("no context", tuple(transposed), {"causal": True, "scale": 0.2})
     yield Sample("empty", tuple(m.act(2, h, 0, 8) for h in (4, 2, 2)))
@@ -172,7 +178,7 @@ def block_attention(m: Maker) -> Iterator[Sample]:
 
 def two_stream_attention(m: Maker) -> Iterator[Sample]:
     yield Sample("small", (*(m.act(1, h, 3, 2) for h in (2, 1, 1, 1, 1)), 2))
-    for rows, size in ((16, 4), (13, 4), (5, 8), (6, 1)):
+    for rows, size in ((16, 4), (13, 4), (5, 8), (6, 1), (65, 16)):
         yield Sample(f"{rows} by {size}", (*(m.act(2, h, rows, 16) for h in (4, 2, 2, 2, 2)), size))
     strided = tuple(m.act(2, 10, h, 8).transpose(1, 2) for h in (4, 2, 2, 2, 2))
     yield Sample("strided", (*strided, 5))

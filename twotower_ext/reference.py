@@ -346,7 +346,7 @@ def denoise_commit(
 
     count = masked.sum(-1)
     confident = (good & (confidence > confidence.new_tensor(threshold))).sum(-1)
-    remaining = steps - step
+    remaining = steps - (step.long() if isinstance(step, Tensor) else step)
     share = (count + remaining - 1) // remaining  # at least 1 while anything is masked
     quota = torch.minimum(count, torch.maximum(confident, share))
     # Best first; of equals the higher position, which a stable sort of the reversed row puts in front.

@@ -6,17 +6,18 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
-import textwrap
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from twotower.display import NO_BREAK, Decode, LiveDisplay, TokenText, printable, supports_live
 
 if TYPE_CHECKING:
+    from twotower.config import Config
     from twotower.decode import GenerateOutput, Step
 
 MODES = ("mask_diffusion", "mock_ar", "ar")
@@ -27,13 +28,12 @@ SETTINGS = (
     "eos_token_id", "seed",
 )  # fmt: skip
 INTERRUPTED, BROKEN_PIPE = 130, 141  # what a shell reports for SIGINT and SIGPIPE
+LONGEST_MESSAGE = 600
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 1 (doctor: something is wrong), 2 (bad input), 130 or 141."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a generation
+    sys.stdout, sys.stderr = _usable(sys.stdout), _usable(sys.stderr)
     try:
         arguments = _parser().parse_args(argv)
         status = arguments.run(arguments)
@@ -42,16 +42,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
         return BROKEN_PIPE
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError, OverflowError) as error:
-        print(f"twotower: error: {one_line(error)}", file=sys.stderr)
+        _say(f"twotower: error: {one_line(error)}")
         return 2
+    finally:
+        _drop_unsent(sys.stdout)
+        _drop_unsent(sys.stderr)
 
 
-def one_line(error: BaseException) -> str:
-    """An exception's message without line breaks, shortened; its type where it has no message."""
-    return textwrap.shorten(str(error), 600, placeholder=" ...") or type(error).__name__
+def one_line(message: object) -> str:
+    """An exception's message as one printable line, its middle cut out where it is long; its type if it is empty."""
+    text = printable(" ".join(str(message).split())) or type(message).__name__
+    if len(text) <= LONGEST_MESSAGE:
+        return text
+    half = LONGEST_MESSAGE // 2
+    return f"{text[: half - 5]} ... {text[-half:]}"  # what is wrong often stands behind a long path
+
+
+def _usable(stream: TextIO | None) -> TextIO:
+    """A standard stream that print can use: closed ones (None) lead nowhere, and no character ends a generation."""
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")
+    return stream
+
+
+def _say(line: str) -> None:
+    """A line on stderr, if anybody listens there."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _drop_unsent(stream: TextIO) -> None:
+    """Sends what is left in the stream, or drops it: else the flush at exit would fail and change the status."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,18 +99,20 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; the checkpoint needs a tokenizer.json")
     prompt.add_argument("--prompt-ids", metavar="5,6,7", type=_token_ids, help="token ids to continue")
     generate.add_argument("--mode", choices=MODES, default="mask_diffusion", help="default: %(default)s")
-    _add_number(generate, "--max-new-tokens", int, 128, "where to stop without an end-of-sequence token")
-    _add_number(generate, "--block-size", int, 16, "tokens denoised together")
-    _add_number(generate, "--steps-per-block", int, 16, "most denoiser evaluations a block may take")
-    _add_number(generate, "--confidence-threshold", float, 0.8, "predictions more probable than this are committed")
-    _add_number(generate, "--temperature", float, 0.0, "0 takes the most probable token, more samples")
-    _add_number(generate, "--top-k", int, 0, "sample among the k most probable tokens; 0 among all")
-    _add_number(generate, "--top-p", float, 1.0, "sample among the most probable tokens that reach this mass")
-    _add_number(generate, "--seed", int, 0, "of the sampling")
+    _add_number(generate, "--max-new-tokens", integer, 128, "where to stop without an end-of-sequence token")
+    _add_number(generate, "--block-size", integer, 16, "tokens denoised together")
+    _add_number(generate, "--steps-per-block", integer, 16, "most denoiser evaluations a block may take")
+    _add_number(generate, "--confidence-threshold", number, 0.8, "predictions more probable than this are committed")
+    _add_number(generate, "--temperature", number, 0.0, "0 takes the most probable token, more samples")
+    _add_number(generate, "--top-k", integer, 0, "sample among the k most probable tokens; 0 among all")
+    _add_number(generate, "--top-p", number, 1.0, "sample among the most probable tokens that reach this mass")
+    _add_number(generate, "--seed", integer, 0, "of the sampling")
     generate.add_argument(
         "--eos-token-id", metavar="N", type=_eos, default=2, help="token that ends the text, or none (default: 2)"
     )
-    generate.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there are device and kernels)")
+    generate.add_argument(
+        "--device", type=_device, help="cpu, cuda or cuda:N (default: cuda if there are device and kernels)"
+    )
     generate.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: as stored)")
     generate.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     generate.set_defaults(run=_generate)
@@ -105,44 +136,66 @@ class _Version(argparse.Action):
 
 
 def _add_number(
-    parser: argparse.ArgumentParser, name: str, kind: type[int] | type[float], default: float, meaning: str
+    parser: argparse.ArgumentParser, name: str, kind: Callable[[str], float], default: float, meaning: str
 ) -> None:
-    parser.add_argument(
-        name, metavar="N" if kind is int else "X", type=kind, default=default, help=f"{meaning} (default: {default})"
-    )
+    metavar = "N" if kind is integer else "X"
+    parser.add_argument(name, metavar=metavar, type=kind, default=default, help=f"{meaning} (default: {default})")
+
+
+def integer(text: str) -> int:
+    """An int written plainly, without the underscores and the digits of other scripts that `int` accepts."""
+    return int(_plain(text))
+
+
+def number(text: str) -> float:
+    """A float written plainly, as in `integer`."""
+    return float(_plain(text))
+
+
+def _plain(text: str) -> str:
+    if "_" in text or not text.isascii():
+        raise ValueError
+    return text
 
 
 def _token_ids(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [integer(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be integers separated by commas, got {text!r}") from None
 
 
 def _eos(text: str) -> int | None:
     try:
-        return None if text.lower() == "none" else int(text)
+        return None if text.lower() == "none" else integer(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be an integer or none, got {text!r}") from None
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch("cpu|cuda(:[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
+    return text
 
 
 def _generate(arguments: argparse.Namespace) -> int:
     import torch
 
     import twotower
+    from twotower.decode import check_options
 
     if not arguments.model.is_dir():
         raise FileNotFoundError(f"{arguments.model}: no such directory")
     config = twotower.Config.from_json(arguments.model / "config.json")
-    tokenizer = _tokenizer(arguments.model / "tokenizer.json")
-    prompt = _prompt(arguments, tokenizer, config.vocab_size)
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    check_options(config, mask_token_id=MASK_TOKEN_ID, **settings)  # a large checkpoint takes minutes to load
+    prompt, tokenizer = _prompt(arguments, config)
     device = arguments.device or _default_device()
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     model = twotower.load(arguments.model, device, dtype=dtype)
 
     live = not arguments.json and supports_live(sys.stdout)
     follower = _follow(arguments, tokenizer, prompt, config.vocab_size) if live else None
-    settings = {name: getattr(arguments, name) for name in SETTINGS}
     with follower.display if follower else nullcontext():
         out = twotower.generate(model, [prompt], mask_token_id=MASK_TOKEN_ID, on_step=follower, **settings)
         if follower:
@@ -156,10 +209,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     if not follower:
         plain = " ".join(map(str, tokens)) if text is None else text
         print(printable(plain) if sys.stdout.isatty() else plain, flush=True)
-    print(
+    _say(
         f"{len(tokens)} tokens in {out.seconds:.2f} s: {out.tokens_per_second:.1f} tokens/s, "
-        f"NFE {out.nfe[0]}, {out.tokens_per_nfe:.2f} tokens/NFE",
-        file=sys.stderr,
+        f"NFE {out.nfe[0]}, {out.tokens_per_nfe:.2f} tokens/NFE"
     )
     return 0
 
@@ -178,33 +230,68 @@ def _as_json(out: GenerateOutput, text: str | None, settings: dict[str, Any]) ->
     return json.dumps(result)
 
 
-def _tokenizer(path: Path) -> Any:
-    """The `tokenizers.Tokenizer` stored at `path`, None where there is no such file."""
-    if not path.is_file():
-        return None
-    from tokenizers import Tokenizer
+class _Tokenizer:
+    """The tokenizer stored at `path`; whatever goes wrong in it becomes a ValueError that names the file."""
 
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises nothing more specific
-        raise ValueError(f"{path}: not a tokenizer: {error}") from None
+    def __init__(self, path: Path):
+        from tokenizers import Tokenizer
+
+        self._path = path
+        with self._naming("not a tokenizer"):
+            self._tokenizer = Tokenizer.from_file(str(path))
+
+    def encode(self, text: str) -> list[int]:
+        with self._naming("cannot encode the prompt"):
+            return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        with self._naming("cannot decode token ids"):
+            return self._tokenizer.decode(ids)
+
+    @contextmanager
+    def _naming(self, complaint: str) -> Iterator[None]:
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the package raises plain Exception, and its panics not even that
+            raise ValueError(f"{self._path}: {complaint}: {error}") from None
 
 
-def _prompt(arguments: argparse.Namespace, tokenizer: Any, vocab_size: int) -> list[int]:
-    if arguments.prompt_ids is not None:
-        ids = arguments.prompt_ids
-    elif not arguments.prompt:
+def _prompt(arguments: argparse.Namespace, config: Config) -> tuple[list[int], _Tokenizer | None]:
+    """The prompt's token ids, and what makes text of ids: None without a tokenizer.json, which ids can do without."""
+    path = arguments.model / "tokenizer.json"
+    if arguments.prompt is None:
+        ids = _checked(arguments.prompt_ids, config)
+        return ids, _tokenizer_for(ids, path) if path.is_file() else None
+    if not arguments.prompt:
         raise ValueError("--prompt must not be empty")
-    elif tokenizer is None:
-        raise ValueError(f"--prompt needs {arguments.model / 'tokenizer.json'}, which is missing; use --prompt-ids")
-    else:
-        ids = tokenizer.encode(arguments.prompt).ids
+    if not path.is_file():
+        raise ValueError(f"--prompt needs {path}, which is missing; use --prompt-ids")
+    tokenizer = _Tokenizer(path)
+    ids = _checked(tokenizer.encode(arguments.prompt), config)
+    tokenizer.decode(ids)  # what fails here would fail after the generation
+    return ids, tokenizer
+
+
+def _checked(ids: list[int], config: Config) -> list[int]:
     if not ids:
         raise ValueError("--prompt gives no tokens")
     for token in ids:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"the prompt's token ids must be in [0, {vocab_size}), got {token}")
+        if not 0 <= token < config.vocab_size:
+            raise ValueError(f"the prompt's token ids must be in [0, {config.vocab_size}), got {token}")
     return ids
+
+
+def _tokenizer_for(ids: list[int], path: Path) -> _Tokenizer | None:
+    """The tokenizer at `path`, None (and a note) where it cannot even decode the prompt."""
+    try:
+        tokenizer = _Tokenizer(path)
+        tokenizer.decode(ids)
+        return tokenizer
+    except (ValueError, ImportError) as error:
+        _say(f"twotower: note: {one_line(error)}; printing token ids")
+        return None
 
 
 def _default_device() -> str:
@@ -218,7 +305,9 @@ def _default_device() -> str:
     return "cuda" if kernels and torch.cuda.is_available() else "cpu"
 
 
-def _follow(arguments: argparse.Namespace, tokenizer: Any, prompt: list[int], vocab_size: int) -> _Follower:
+def _follow(
+    arguments: argparse.Namespace, tokenizer: _Tokenizer | None, prompt: list[int], vocab_size: int
+) -> _Follower:
     from twotower.decode import NOTHING_YET
 
     undecided = MASK_TOKEN_ID if arguments.mode == "mask_diffusion" else NOTHING_YET
@@ -291,5 +380,5 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     problems = examine()
     for problem in problems:
-        print(f"twotower: error: {problem}", file=sys.stderr)
+        _say(f"twotower: error: {one_line(problem)}")
     return 1 if problems else 0

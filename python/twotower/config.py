@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,12 @@ TIME_FEATURES = 256
 MAMBA, ATTENTION, MOE = "M", "*", "E"
 
 Shape = tuple[int, ...]
+
+INT32 = 2**31 - 1
+"""The largest length, id or count that is accepted anywhere."""
+
+MAX_LAYERS, MAX_EXPERTS = 4096, 65536
+"""Of a tower; bound the number of tensors that a config can call for."""
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,)}
 
@@ -103,25 +112,33 @@ class Config:
         for field in fields(self):
             value = getattr(self, field.name)
             _check_type(field.name, value, _TYPES[str(field.type)])
-            if field.type != "str" and not 0 < value < math.inf:
-                raise ValueError(f"config field {field.name!r} must be positive and finite, got {value!r}")
-        pattern = self.hybrid_override_pattern
-        for layer, kind in enumerate(pattern):
-            if kind not in (MAMBA, ATTENTION, MOE):
+            limit = MAX_LAYERS if field.name == "num_hidden_layers" else INT32
+            if field.type != "str" and not 0 < value <= limit:
                 raise ValueError(
-                    f"config field 'hybrid_override_pattern' may hold only M, * and E, got {kind!r} at layer {layer}"
+                    f"config field {field.name!r} must be positive and at most {limit}, got {shown(value)}"
                 )
+        pattern = self.hybrid_override_pattern
         if len(pattern) != self.num_hidden_layers:
             raise ValueError(
                 "config field 'hybrid_override_pattern' must have num_hidden_layers = "
                 f"{self.num_hidden_layers} characters, got {len(pattern)}"
             )
+        for layer, kind in enumerate(pattern):
+            if kind not in (MAMBA, ATTENTION, MOE):
+                raise ValueError(
+                    f"config field 'hybrid_override_pattern' may hold only M, * and E, got {kind!r} at layer {layer}"
+                )
         self._check_divides("n_groups", "mamba_num_heads")
         self._check_divides("num_key_value_heads", "num_attention_heads")
         if self.num_experts_per_tok > self.n_routed_experts:
             raise ValueError(
                 "config field 'num_experts_per_tok' must be at most n_routed_experts = "
                 f"{self.n_routed_experts}, got {self.num_experts_per_tok}"
+            )
+        if pattern.count(MOE) * self.n_routed_experts > MAX_EXPERTS:
+            raise ValueError(
+                f"config field 'n_routed_experts' must give at most {MAX_EXPERTS} experts in all, "
+                f"got {self.n_routed_experts} in each of {pattern.count(MOE)} layers"
             )
 
     def _check_divides(self, part: str, whole: str) -> None:
@@ -242,7 +259,12 @@ class Config:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's top-level object; ValueError, naming the file, for anything else or a repeated key."""
+    """A JSON file's top-level object; errors as in `read_bytes` and `parse_json`."""
+    return parse_json(path, read_bytes(path))
+
+
+def parse_json(path: Path, content: bytes | bytearray) -> dict[str, Any]:
+    """The JSON object that a file holds; ValueError, naming the file, for anything else or a repeated key."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -252,10 +274,8 @@ def read_json(path: Path) -> dict[str, Any]:
             result[key] = value
         return result
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        raw = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(raw, dict):
@@ -263,10 +283,41 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+def read_bytes(path: Path, start: int = 0, count: int | None = None) -> bytearray:
+    """`count` bytes of a file from `start`, fewer where it ends earlier; None reads all. Errors as in `naming`."""
+    with naming(path, "file"):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError
+        with open(path, "rb") as file:
+            file.seek(start)
+            content = bytearray(status.st_size - start if count is None else count)
+            del content[file.readinto(content) :]
+            return content
+
+
+@contextmanager
+def naming(path: Path, kind: str) -> Iterator[None]:
+    """Turns what the system says of a path into a FileNotFoundError or a ValueError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such {kind}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def shown(value: object) -> str:
+    """A value in an error message: its repr, or the size of an int too long to read."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an int of {value.bit_length()} bits"
+    return repr(value)
+
+
 def _check_type(name: str, value: object, allowed: tuple[type, ...]) -> None:
     if type(value) not in allowed:
         expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
-        raise TypeError(f"config field {name!r} must be {expected}, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"config field {name!r} must be {expected}, got {shown(value)} ({type(value).__name__})")
 
 
 def _check_implemented(name: str, value: Any) -> None:

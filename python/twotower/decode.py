@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from twotower.config import INT32, Config, shown
 from twotower.state import State
 from twotower.towers import TwoTowerModel
 from twotower_ext import ops
@@ -75,7 +76,6 @@ def generate(
     model: TwoTowerModel,
     input_ids: Tensor | Sequence[Sequence[int]],
     mode: str = "mask_diffusion",
-    *,
     max_new_tokens: int = 128,
     block_size: int = 16,
     steps_per_block: int = 16,
@@ -96,9 +96,10 @@ def generate(
     mode: "mask_diffusion" (blocks of `block_size` tokens in at most `steps_per_block` evaluations each, the
         last block shorter where `max_new_tokens` asks for it), "mock_ar" (both towers, a token at a time),
         "ar" (context tower alone).
+    max_new_tokens, block_size, steps_per_block: 1 to 2**31 - 1.
     confidence_threshold, mask_token_id: mask diffusion commits every prediction more probable than the
-    threshold. temperature: 0 takes the most probable token; else samples, after top_k (0: off) and top_p (1:
-        off). Row b draws from seed + b, so decoding it alone with that seed repeats it.
+    threshold. temperature: 0 takes the most probable token; else, in [1e-6, 1e6], samples, after top_k (0:
+        off) and top_p (1: off). Row b draws from seed + b, so decoding it alone with that seed repeats it.
     eos_token_id: ends a row; None never does. trim cuts the output behind the first one, else its block stays
     whole. record, on_step: keep a `Step` per row and evaluation in the result; call `on_step` with each as it
     happens.
@@ -110,7 +111,6 @@ def generate(
     if not isinstance(model, TwoTowerModel):
         raise TypeError(f"generate: model must be a TwoTowerModel, got {type(model).__name__}")
     options = _Options(
-        vocab_size=model.config.vocab_size,
         mode=mode,
         max_new_tokens=max_new_tokens,
         block_size=block_size,
@@ -126,10 +126,50 @@ def generate(
         record=record,
         on_step=on_step,
     )
+    check_options(model.config, **vars(options))
     prompts = model.prompts(input_ids, "generate")
     run = _Run(options, len(prompts))
     _MODES[mode](model, prompts, run)
     return GenerateOutput(run.tokens, run.nfe, time.perf_counter() - begin, run.steps)
+
+
+def check_options(config: Config, **options: Any) -> None:
+    """Checks options of `generate`, given by its names, without a model; raises what `generate` raises."""
+    rules = _rules(config.vocab_size)
+    for name, value in options.items():
+        if name not in rules:
+            raise TypeError(f"generate: unknown option {name!r}")
+        types, expected, holds = rules[name]
+        if not isinstance(value, types) or (isinstance(value, bool) and types != (bool,)):
+            raise TypeError(f"generate: {name} must be {expected}, got {shown(value)} ({type(value).__name__})")
+        if not holds(value):
+            raise ValueError(f"generate: {name} must be {expected}, got {shown(value)}")
+
+
+_Rule = tuple[tuple[type, ...], str, Callable[[Any], bool]]
+"""Types that an option may have, what it must be in words, and whether a value of these types is that."""
+
+
+def _rules(vocab_size: int) -> dict[str, _Rule]:
+    count: _Rule = ((int,), "an int in [1, 2**31)", lambda value: 1 <= value <= INT32)
+    flag: _Rule = ((bool,), "a bool", lambda value: True)
+    token = f"a token id in [0, {vocab_size})"
+    return {
+        "mode": ((str,), f"one of {', '.join(_MODES)}", lambda value: value in _MODES),
+        "max_new_tokens": count,
+        "block_size": count,
+        "steps_per_block": count,
+        "confidence_threshold": ((float, int), "a number in [0, 1]", lambda value: 0 <= value <= 1),
+        "mask_token_id": ((int,), token, lambda value: 0 <= value < vocab_size),
+        "temperature": ((float, int), "0 or in [1e-6, 1e6]", lambda value: value == 0 or 1e-6 <= value <= 1e6),
+        "top_k": ((int,), "an int in [0, 2**31)", lambda value: 0 <= value <= INT32),
+        "top_p": ((float, int), "a number in (0, 1]", lambda value: 0 < value <= 1),
+        "eos_token_id": ((int, NoneType), f"None or {token}", lambda value: value is None or 0 <= value < vocab_size),
+        "seed": ((int,), "an int in [-2**63, 2**63)", lambda value: -(2**63) <= value < 2**63),
+        "trim": flag,
+        "record": flag,
+        "on_step": ((Callable, NoneType), "callable or None", lambda value: True),  # type: ignore[dict-item]
+    }
 
 
 def _autoregressive(model: TwoTowerModel, prompts: list[list[int]], run: _Run) -> None:
@@ -249,9 +289,8 @@ def _choose_tokens(logits: Tensor, rows: list[int], run: _Run) -> Tensor:
 
 @dataclass(frozen=True)
 class _Options:
-    """The checked arguments of `generate`."""
+    """The arguments of `generate` that `check_options` checks."""
 
-    vocab_size: int
     mode: str
     max_new_tokens: int
     block_size: int
@@ -266,34 +305,6 @@ class _Options:
     trim: bool
     record: bool
     on_step: Callable[[Step], object] | None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.mode, str):
-            raise TypeError(f"generate: mode must be a string, got {type(self.mode).__name__}")
-        if self.mode not in _MODES:
-            raise ValueError(f"generate: mode must be one of {', '.join(_MODES)}, got {self.mode!r}")
-        for name in ("max_new_tokens", "block_size", "steps_per_block"):
-            self._check(name, (int,), "an int of at least 1", lambda value: value >= 1)
-        in_vocabulary = f"a token id in [0, {self.vocab_size})"
-        self._check("mask_token_id", (int,), in_vocabulary, lambda value: 0 <= value < self.vocab_size)
-        if self.eos_token_id is not None:
-            self._check("eos_token_id", (int,), f"None or {in_vocabulary}", lambda value: 0 <= value < self.vocab_size)
-        self._check("confidence_threshold", (float, int), "a number in [0, 1]", lambda value: 0 <= value <= 1)
-        self._check("temperature", (float, int), "a finite number of at least 0", lambda value: 0 <= value < math.inf)
-        self._check("top_k", (int,), "an int of at least 0", lambda value: value >= 0)
-        self._check("top_p", (float, int), "a number in (0, 1]", lambda value: 0 < value <= 1)
-        self._check("seed", (int,), "an int in [-2**63, 2**63)", lambda value: -(2**63) <= value < 2**63)
-        self._check("trim", (bool,), "a bool", lambda value: True)
-        self._check("record", (bool,), "a bool", lambda value: True)
-        if self.on_step is not None and not callable(self.on_step):
-            raise TypeError(f"generate: on_step must be None or callable, got {type(self.on_step).__name__}")
-
-    def _check(self, name: str, types: tuple[type, ...], expected: str, holds: Callable[[Any], bool]) -> None:
-        value = getattr(self, name)
-        if type(value) not in types:
-            raise TypeError(f"generate: {name} must be {expected}, got {value!r} ({type(value).__name__})")
-        if not holds(value):
-            raise ValueError(f"generate: {name} must be {expected}, got {value!r}")
 
     @property
     def filters(self) -> dict[str, Any]:

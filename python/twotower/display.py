@@ -17,11 +17,14 @@ ERASE_LINE, ERASE_BELOW = "\x1b[K", "\x1b[J"
 UNFINISHED = "\ufffd"  # what a decoder returns for a character whose last bytes are in a token to come
 NO_BREAK = "\xa0"  # a space at which no line breaks; `paint` makes it a plain one
 CONTEXT_TOKENS = 8
+LEAST_COLUMNS, LEAST_ROWS = 9, 2
 
 
 def supports_live(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal that understands escape sequences and whose user has not declined them."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    """Whether `stream` is a terminal that understands escape sequences and has room, and its user wants them."""
+    columns, rows = shutil.get_terminal_size()
+    roomy = columns >= LEAST_COLUMNS and rows >= LEAST_ROWS
+    return stream.isatty() and roomy and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def printable(text: str) -> str:
@@ -207,4 +210,4 @@ class LiveDisplay:
     def _size() -> tuple[int, int]:
         """Columns and rows to use. The last column stays free: terminals differ in what happens after it."""
         columns, rows = shutil.get_terminal_size()
-        return max(columns - 1, 8), max(rows, 2)
+        return max(columns - 1, 1), max(rows, LEAST_ROWS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import platform
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from twotower_ext._C import BuildInfo
     from twotower_ext.registry import OpRow
 
+REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "tqdm")
 TESTED_DTYPES = ("float32", "bfloat16")
 BUILD_HINT = (
     "build it with `pip install -e .` in the source folder (a C++ compiler is needed, and nvcc for CUDA kernels)"
@@ -21,8 +23,13 @@ BUILD_HINT = (
 def examine() -> list[str]:
     """Prints what there is, a line a fact and a line an op; returns the problems found, a line each."""
     _print("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in ("torch", "numpy", "safetensors", "tokenizers"):
-        _print(package, _installed(package))
+    versions = {package: _installed(package) for package in REQUIRED}
+    for package, version in versions.items():
+        _print(package, version or "not installed")
+    missing = [package for package, version in versions.items() if version is None]
+    problems = [f"{package} is not installed; install it with `pip install {package}`" for package in missing]
+    if "torch" in missing:  # without it, twotower_ext cannot say anything
+        return problems
     try:
         import twotower_ext
         from twotower_ext import registry
@@ -31,9 +38,8 @@ def examine() -> list[str]:
     except (ImportError, OSError) as error:
         _print("twotower-ext", "not usable")
         advice = "" if "pip install" in str(error) else f"; {BUILD_HINT}"
-        return [f"the compiled library cannot be used: {error}{advice}"]
+        return [*problems, f"the compiled library cannot be used: {error}{advice}"]
 
-    problems = []
     _print("twotower-ext", f"{build['version']}, built by {build['compiler']}")
     if build["version"] != twotower_ext.__version__:
         problems.append(
@@ -99,11 +105,14 @@ def _failure(row: OpRow, device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _installed(package: str) -> str:
+def _installed(package: str) -> str | None:
+    """The version of an importable package, None where there is none."""
+    if importlib.util.find_spec(package) is None:
+        return None
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return "unknown version"
 
 
 def _print(name: str, value: str) -> None:

@@ -22,11 +22,18 @@ def describe(config: Config) -> dict[str, Any]:
     "active_parameters_per_token": a tower's parameters without the experts that a token is not routed to.
     "weight_bytes": memory of a loaded model by dtype, its float32 parameters taken into account.
     "state_bytes": by dtype, what the context tower remembers: a fixed part a sequence (row), and a part a token.
+
+    Raises ValueError for a config whose tensors no machine could address.
     """
     pattern = config.hybrid_override_pattern
     idle_experts = pattern.count(MOE) * (config.n_routed_experts - config.num_experts_per_tok)
     idle = idle_experts * 2 * config.moe_intermediate_size * config.hidden_size
     counts = config.parameter_counts()
+    try:
+        weight_bytes = {name: _weight_bytes(config, dtype) for name, dtype in DTYPES.items()}
+        state_bytes = {name: _state_bytes(config, dtype) for name, dtype in DTYPES.items()}
+    except (RuntimeError, TypeError):  # how torch says that a size does not fit into 64 bits
+        raise ValueError("config describes tensors of 2**63 bytes or more") from None
     return {
         "config": asdict(config),
         "layers": {
@@ -36,8 +43,8 @@ def describe(config: Config) -> dict[str, Any]:
         },
         "parameters": {**counts, "total": sum(counts.values())},
         "active_parameters_per_token": {tower: counts[tower] - idle for tower in ("context_tower", "denoiser_tower")},
-        "weight_bytes": {name: _weight_bytes(config, dtype) for name, dtype in DTYPES.items()},
-        "state_bytes": {name: _state_bytes(config, dtype) for name, dtype in DTYPES.items()},
+        "weight_bytes": weight_bytes,
+        "state_bytes": state_bytes,
     }
 
 

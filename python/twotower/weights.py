@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import stat
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from twotower.config import Config, Shape, read_json
+from twotower.config import Config, Shape, naming, parse_json, read_bytes, read_json
 from twotower.towers import DTYPES, TwoTowerModel
 
 _STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -42,9 +44,10 @@ def load(
     time_dtype: torch.bfloat16 reproduces the publisher's rounding of the time features; None is float32.
     progress: a progress bar on stderr; None shows it only on a terminal.
 
-    All names, shapes and dtypes are checked before any memory is taken. Raises FileNotFoundError for a
+    All names, shapes and dtypes are checked before any memory is taken; reading then needs no more than one
+    tensor beside the model. Raises FileNotFoundError for a
     missing directory or file, TypeError for an argument or config field of the wrong type, and ValueError for
-    a damaged file, an index that leaves the directory or does not tell the truth, and missing, extra,
+    an unreadable or damaged file, an index that leaves the directory or does not tell the truth, and missing, extra,
     repeated or mis-shaped tensors, each by name.
     """
     if not isinstance(path, (str, os.PathLike)):
@@ -52,13 +55,17 @@ def load(
     for name, value in (("dtype", dtype), ("time_dtype", time_dtype)):
         if value is not None and not isinstance(value, torch.dtype):
             raise TypeError(f"load: {name} must be a torch.dtype or None, got {value!r}")
+    if progress is not None and not isinstance(progress, bool):
+        raise TypeError(f"load: progress must be a bool or None, got {progress!r}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"load: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     context_at = _usable_device("context_device", context_device if context_device is not None else device)
     denoiser_at = _usable_device("denoiser_device", denoiser_device if denoiser_device is not None else device)
     directory = Path(path)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such directory")
+    with naming(directory, "directory"):
+        mode = os.stat(directory).st_mode
+    if not stat.S_ISDIR(mode):
+        raise FileNotFoundError(f"{directory}: not a directory")
 
     config = Config.from_json(directory / "config.json")
     source, files = _open_checkpoint(directory)
@@ -74,26 +81,36 @@ def load(
 
 
 class _File:
-    """An opened safetensors file; everything wrong with it becomes a ValueError that names it."""
+    """A safetensors file; everything wrong with it becomes a ValueError that names it.
+
+    Tensors are read, not mapped: pages of a mapped file would count as memory until it is closed.
+    """
 
     def __init__(self, path: Path):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
         self.path = path
+        length = int.from_bytes(read_bytes(path, 0, 8), "little")
         try:
-            self.handle = safe_open(path, "pt")
-            self.names = set(self.handle.keys())
+            with safe_open(path, "pt"):  # checks header, offsets and size
+                pass
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a complete safetensors file: {error}") from None
+        self._entries = parse_json(path, read_bytes(path, 8, length))
+        self._entries.pop("__metadata__", None)
+        self._data = 8 + length
+        self.names = self._entries.keys()
 
     def shape(self, name: str) -> Shape:
-        return tuple(self.handle.get_slice(name).get_shape())
+        return tuple(self._entries[name]["shape"])
 
     def stored_dtype(self, name: str) -> str:
-        return str(self.handle.get_slice(name).get_dtype())
+        return str(self._entries[name]["dtype"])
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self.handle.get_tensor(name)
+        begin, end = self._entries[name]["data_offsets"]
+        content = read_bytes(self.path, self._data + begin, end - begin)
+        if len(content) != end - begin:
+            raise ValueError(f"{self.path}: {name!r} cannot be read: the file has become shorter")
+        return torch.frombuffer(content, dtype=_STORED_DTYPES[self.stored_dtype(name)]).view(self.shape(name))
 
 
 def _usable_device(name: str, device: Any) -> torch.device:
@@ -117,9 +134,9 @@ def _usable_device(name: str, device: Any) -> torch.device:
 
 
 def _open_checkpoint(directory: Path) -> tuple[Path, dict[str, _File]]:
-    """(the file that lists the tensors, tensor name -> opened file that holds it)."""
+    """(the file that lists the tensors, tensor name -> file that holds it)."""
     index = directory / INDEX
-    if index.exists():
+    if os.path.lexists(index):  # a link that leads nowhere is an error
         return index, _open_shards(directory, index)
     single = _File(directory / SINGLE)
     return single.path, dict.fromkeys(single.names, single)
@@ -133,9 +150,12 @@ def _open_shards(directory: Path, index: Path) -> dict[str, _File]:
     shards: dict[str, _File] = {}
     for shard in sorted(set(weight_map.values())):
         # The file itself may be a link (download caches link every file); the folder it lies in may not lead outside.
-        if Path(shard).name in ("", "..") or not (root / shard).parent.resolve().is_relative_to(root):
+        path = directory / shard
+        with naming(path, "file"):
+            folder = Path(os.path.realpath((root / shard).parent))
+        if Path(shard).name in ("", "..") or not folder.is_relative_to(root):
             raise ValueError(f"{index}: shard {shard!r} must lie inside the directory")
-        shards[shard] = _File(directory / shard)
+        shards[shard] = _File(path)
 
     for name, shard in weight_map.items():
         if name not in shards[shard].names:
@@ -174,11 +194,10 @@ def _listed(names: Iterable[str]) -> str:
 def _fill(model: TwoTowerModel, files: Mapping[str, _File], progress: bool | None) -> None:
     views = model.checkpoint_views()
     total = sum(math.prod(view.shape) * view.element_size() for view in views.values())
+    if sys.stderr is None:  # as in a daemon
+        progress = False
     disabled = None if progress is None else not progress
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=disabled) as bar:
         for name, view in views.items():
-            try:
-                view.copy_(files[name].tensor(name))
-            except SafetensorError as error:
-                raise ValueError(f"{files[name].path}: {name!r} cannot be read: {error}") from None
+            view.copy_(files[name].tensor(name))
             bar.update(math.prod(view.shape) * view.element_size())
