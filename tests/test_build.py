@@ -133,7 +133,7 @@ def test_installs(arguments: list[str], cmake_args: str, copy_of_the_tree: Path,
     done = subprocess.run(install, capture_output=True, text=True, env=environment)
     seconds = time.monotonic() - started
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "[1/" in done.stdout, "one line a compile step"
+    assert "[1/" in done.stdout + done.stderr, "one line a compile step"
     used = subprocess.run([python, "-c", USE], cwd=tmp_path, capture_output=True, text=True)
     assert used.returncode == 0, used.stderr
     if "OFF" in cmake_args:
