@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +51,21 @@ GOLDEN = Golden(GOLDEN_DIR)
 @pytest.fixture(scope="session")
 def golden() -> Golden:
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def tensors(golden) -> dict[str, torch.Tensor]:
+    """Every tensor of the golden checkpoint by name."""
+    from safetensors.torch import load_file
+
+    return load_file(golden.checkpoint / "model.safetensors")
+
+
+@pytest.fixture
+def directory(golden, tmp_path) -> Path:
+    """A folder with the golden checkpoint's config; tests put tensors beside it."""
+    shutil.copy(golden.checkpoint / "config.json", tmp_path / "config.json")
+    return tmp_path
 
 
 def pytest_collection_modifyitems(items):

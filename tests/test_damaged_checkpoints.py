@@ -18,18 +18,6 @@ SOME = "context_tower.layers.0.mixer.in_proj.weight"
 OTHER = "denoiser_tower.layers.3.mixer.k_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def tensors(golden):
-    return load_file(golden.checkpoint / "model.safetensors")
-
-
-@pytest.fixture
-def directory(golden, tmp_path):
-    """An own copy of the checkpoint's config; tests put the tensors beside it."""
-    shutil.copy(golden.checkpoint / "config.json", tmp_path / "config.json")
-    return tmp_path
-
-
 @pytest.mark.parametrize("save", [save_single, save_sharded])
 @pytest.mark.parametrize(
     ("change", "message"),

@@ -14,20 +14,8 @@ import torch
 import twotower
 from checkpoint_files import save_sharded, save_single, write_index
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from twotower import Config
-
-
-@pytest.fixture(scope="module")
-def tensors(golden):
-    return load_file(golden.checkpoint / "model.safetensors")
-
-
-@pytest.fixture
-def directory(golden, tmp_path):
-    """An own copy of the checkpoint's config; tests put the tensors beside it."""
-    shutil.copy(golden.checkpoint / "config.json", tmp_path / "config.json")
-    return tmp_path
 
 
 def assert_same_parameters(model, expected):
