@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 import twotower
@@ -252,3 +255,22 @@ def test_checkpoint_views_are_the_config_s_parameters(golden):
         views = model.checkpoint_views()
         assert {name: tuple(view.shape) for name, view in views.items()} == config.parameter_shapes()
         assert sum(p.numel() for p in model.parameters()) == sum(config.parameter_counts().values())
+
+
+def test_every_norm_uses_the_configured_eps(directory, golden):
+    """An eps large enough to matter, in the layers' norms and in the final one."""
+    shutil.copy(golden.checkpoint / "model.safetensors", directory)
+    config = json.loads((directory / "config.json").read_text())
+    eps = config["layer_norm_epsilon"] = config["norm_eps"] = 0.5
+    (directory / "config.json").write_text(json.dumps(config))
+    model = twotower.load(directory, dtype=torch.float64)
+    seen = {}
+    ids = golden["prefill.b1.s5.input_ids"].long()
+    hidden, _ = model.extend_hidden(model.empty_state(1), ids, lambda kind, i, x: seen.update({(kind, i): x}))
+    layers_and_weights = [*enumerate(layer.norm for layer in model.context.layers)]
+    layers_and_weights.append((len(model.context.layers), model.context.norm_f))
+    for index, weight in layers_and_weights:
+        stream = seen["hidden", index]
+        expected = weight * stream / torch.sqrt(stream.square().mean(-1, keepdim=True) + eps)
+        actual = seen.get(("mixer_in", index), hidden)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
