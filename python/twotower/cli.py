@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         "--eos-token-id", metavar="N", type=_eos, default=2, help="token that ends the text, or none (default: 2)"
     )
     generate.add_argument(
-        "--device", type=_device, help="cpu, cuda or cuda:N (default: cuda if there are device and kernels)"
+        "--device", type=_device, help="cpu, cuda or cuda:N (default: cuda if every op has a kernel for it)"
     )
     generate.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: as stored)")
     generate.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
