@@ -8,9 +8,10 @@ PYTHON ?= python3
 OUT ?= benchmarks/results
 BIN := .venv/bin
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+OP_TESTS := $(addprefix tests/test_,edges.py golden_commit.py golden_ops.py library.py ops.py rows.py sampling.py split.py)
 PROGRESS := ^ *(\[[0-9]+/[0-9]+|-- CUDA kernels|Successfully installed)
 
-.PHONY: demo test test-build lint format gpu clean
+.PHONY: bench demo test test-build test-isa lint format gpu clean
 
 .venv/tools: requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -35,6 +36,13 @@ demo: .venv/built
 
 test: .venv/built
 	$(BIN)/python -m pytest -m "not gpu and not build"
+
+# The op tests once for every instruction set that this processor has.
+test-isa: .venv/built
+	@for isa in $$($(BIN)/python -c 'import twotower_ext as t; print(*t.build_info()["cpu_isas"])'); do \
+	  echo "TWOTOWER_ISA=$$isa"; \
+	  TWOTOWER_ISA=$$isa $(BIN)/python -m pytest -m "not gpu and not build" $(OP_TESTS) || exit; \
+	done
 
 # Installs the package in fresh environments, every way a user can; needs the package index.
 test-build: .venv/built

@@ -46,6 +46,8 @@ BuildInfo build_info() {
   info.architectures = split(TWOTOWER_CUDA_ARCHITECTURES, ',');
 #endif
   info.cpu_features = cpu_features();
+  info.cpu_isas = cpu::instruction_sets();
+  info.cpu_isa = cpu::kernels().isa;
   info.threads = cpu::num_threads();
   return info;
 }

@@ -13,6 +13,8 @@ struct BuildInfo {
   std::string cuda_version;                // empty without CUDA
   std::vector<std::string> architectures;  // machine code and PTX in the library, e.g. "sm_90a", "compute_80"
   std::vector<std::string> cpu_features;   // of the processor it runs on now
+  std::vector<std::string> cpu_isas;       // instruction sets of the CPU kernels that it can run, best last
+  std::string cpu_isa;                     // the one in use
   int threads = 0;                         // the CPU kernels' default
 };
 

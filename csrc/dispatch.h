@@ -1,14 +1,14 @@
 // Run-time value -> template argument. A value without a case is a bug of the validator above, so it throws.
 #pragma once
 
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "cpu/half.h"
 #include "tensor_view.h"
 
 namespace twotower {
+
+[[noreturn]] void no_kernel_for(DType dtype);
 
 // Calls f(std::type_identity<T>{}) with the CPU storage type of a floating dtype.
 template <class F>
@@ -23,7 +23,7 @@ void dispatch_floating(DType dtype, F&& f) {
     case DType::f16:
       return f(std::type_identity<cpu::float16>{});
     default:
-      throw std::logic_error(std::string("twotower: no kernel for dtype ") + dtype_name(dtype));
+      no_kernel_for(dtype);
   }
 }
 

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "tensor_view.h"
 
@@ -162,17 +164,43 @@ struct HeadCommitParams {
   CommitParams commit;  // logits absent, top_k 0, top_p 1
 };
 
+struct LinearParams {
+  DType dtype;
+  int64_t M, N, K;
+  Rows<1> x;       // T [m, k]
+  Rows<1> weight;  // T [n, k]
+  Rows<1> y;       // T [m, n]
+};
+
+struct StreamReadParams {
+  const int64_t* data;  // [n]
+  int64_t n;
+  int64_t* sum;  // [1]
+};
+
 namespace cpu {
-void rms_norm(const RmsNormParams&);
-void gated_group_rms_norm(const GatedNormParams&);
-void causal_conv1d(const ConvParams&);
-void ssd_scan(const ScanParams&);
-void mamba_block(const MambaBlockParams&);
-void moe_route(const RouteParams&);
-void moe_experts(const ExpertsParams&);
-void attention(const AttentionParams&);
-void denoise_commit(const CommitParams&);
-void lm_head_commit(const HeadCommitParams&);
+// The CPU kernels compiled for one instruction set.
+struct Kernels {
+  const char* isa;
+  void (*rms_norm)(const RmsNormParams&);
+  void (*gated_group_rms_norm)(const GatedNormParams&);
+  void (*causal_conv1d)(const ConvParams&);
+  void (*ssd_scan)(const ScanParams&);
+  void (*mamba_block)(const MambaBlockParams&);
+  void (*moe_route)(const RouteParams&);
+  void (*moe_experts)(const ExpertsParams&);
+  void (*attention)(const AttentionParams&);
+  void (*denoise_commit)(const CommitParams&);
+  void (*lm_head_commit)(const HeadCommitParams&);
+  void (*linear)(const LinearParams&);
+  void (*stream_read)(const StreamReadParams&);
+};
+
+// Those of the best instruction set that this processor has, or of the one that TWOTOWER_ISA names. Throws
+// std::invalid_argument where that one is unknown or missing here.
+const Kernels& kernels();
+// The instruction sets that are compiled in and that this processor has, best last.
+std::vector<std::string> instruction_sets();
 }  // namespace cpu
 
 namespace cuda {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 import twotower_ext
 
+ROOT = Path(__file__).parent.parent
 PACKAGE = Path(twotower_ext.__file__).parent
 CORE, TORCH_FACE = PACKAGE / "libtwotower.so", PACKAGE / "_torch.so"
 PYTHON_FACE = next(PACKAGE.glob("_C*.so"))
@@ -59,6 +61,7 @@ def test_build_info():
     assert facts["version"] == twotower_ext.__version__
     assert isinstance(facts["cuda"], bool)
     assert facts["threads"] >= 1
+    assert facts["cpu_isa"] == os.environ.get("TWOTOWER_ISA", facts["cpu_isas"][-1])
     if facts["cuda"]:
         assert re.fullmatch(r"\d+\.\d+(\.\d+)?", facts["cuda_version"])
         assert {"sm_80", "compute_80"} <= set(facts["architectures"])
@@ -88,6 +91,45 @@ def test_the_kernel_is_compiled_for_every_architecture():
     listing = subprocess.run(command, capture_output=True, text=True, check=True)
     for architecture in twotower_ext.build_info()["architectures"]:
         assert architecture.replace("compute_", "sm_") in listing.stdout
+
+
+def test_kernels_of_an_instruction_set_share_no_code():
+    """A weak symbol (a shared template, an inline function) could be linked in its AVX-512 copy for every processor."""
+    objects = sorted((ROOT / "build").glob("cmake-*/CMakeFiles/twotower_cpu_*/**/*.o"))
+    assert len(objects) >= 8
+    for path in objects:
+        text = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+        shared = {name for _, kind, name in re.findall(r"^(\w* *)([WwVvu]) (\S+)$", text, re.MULTILINE)}
+        # The exception handler's address, the same for all: data, not code.
+        assert shared <= {"DW.ref.__gxx_personality_v0"}, f"{path.name}: {shared}"
+
+
+WALK = """
+import sys, twotower_ext
+from twotower_ext.registry import CPU_DTYPES, OPS, compare
+assert twotower_ext.build_info()["cpu_isa"] == sys.argv[1]
+for row in OPS.values():
+    for dtype in CPU_DTYPES:
+        for sample in row.samples("cpu", dtype):
+            expected = row.reference(*sample.args, **sample.kwargs)
+            wrong = compare(row.op(*sample.args, **sample.kwargs), expected, row.tolerance[dtype])
+            assert wrong is None, f"{row.name}, {sample.name}, {dtype}: {wrong}"
+"""
+
+
+@pytest.mark.parametrize("isa", twotower_ext.build_info()["cpu_isas"])
+def test_every_instruction_set_computes_the_same(isa):
+    """Every registry sample against its reference; `make test-isa` runs all op tests this way."""
+    environment = {**os.environ, "TWOTOWER_ISA": isa}
+    subprocess.run([sys.executable, "-c", WALK, isa], check=True, env=environment, timeout=300)
+
+
+def test_an_unknown_instruction_set_is_refused():
+    code = "import torch; from twotower_ext import ops; ops.rms_norm(torch.ones(1, 1, 4), torch.ones(4))"
+    environment = {**os.environ, "TWOTOWER_ISA": "v9"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"ValueError: twotower: TWOTOWER_ISA must be one .*v2.*, got 'v9'", done.stderr)
 
 
 def test_a_forked_process_computes():

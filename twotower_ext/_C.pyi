@@ -7,6 +7,8 @@ class BuildInfo(TypedDict):
     cuda_version: str | None
     architectures: list[str]
     cpu_features: list[str]
+    cpu_isas: list[str]
+    cpu_isa: str
     threads: int
 
 def build_info() -> BuildInfo: ...

@@ -19,9 +19,12 @@ PYBIND11_MODULE(_C, m) {
         facts["cuda_version"] = info.cuda ? py::object(py::str(info.cuda_version)) : py::object(py::none());
         facts["architectures"] = info.architectures;
         facts["cpu_features"] = info.cpu_features;
+        facts["cpu_isas"] = info.cpu_isas;
+        facts["cpu_isa"] = info.cpu_isa;
         facts["threads"] = info.threads;
         return facts;
       },
       "Facts about this build: version, compiler, cuda (bool), cuda_version (str or None), architectures (machine "
-      "code and PTX in the library), cpu_features (of this processor), threads (the CPU kernels' default).");
+      "code and PTX in the library), cpu_features (of this processor), cpu_isas (instruction sets of the CPU "
+      "kernels that run here, best last), cpu_isa (the one in use), threads (the CPU kernels' default).");
 }

@@ -112,6 +112,18 @@ Commit lm_head_commit(const Tensor& hidden, const Tensor& weight, const Tensor& 
   return {f.result(0), f.result(1), f.result(2), f.result(3), f.result(4)};
 }
 
+Tensor linear(const Tensor& x, const Tensor& weight) {
+  TorchFace f("linear", x);
+  ops::linear(f, f.view("x", x), f.describe("weight", weight));
+  return f.result(0);
+}
+
+Tensor stream_read(const Tensor& buffer) {
+  TorchFace f("stream_read", buffer);
+  ops::stream_read(f, f.describe("buffer", buffer));
+  return f.result(0);
+}
+
 // The same implementations serve both devices: the core picks the backend by the tensors' device.
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
@@ -125,6 +137,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("two_stream_attention", TORCH_BOX(&two_stream_attention));
   m.impl("denoise_commit", TORCH_BOX(&denoise_commit));
   m.impl("lm_head_commit", TORCH_BOX(&lm_head_commit));
+  m.impl("_linear", TORCH_BOX(&linear));
+  m.impl("_stream_read", TORCH_BOX(&stream_read));
 }
 
 }  // namespace
@@ -164,6 +178,8 @@ STABLE_TORCH_LIBRARY(twotower, m) {
       "lm_head_commit(Tensor hidden, Tensor weight, Tensor block, Tensor step, Tensor seed, Tensor offset, "
       "int steps, float threshold, int mask_token_id, float temperature, int top_k, float top_p) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("_linear(Tensor x, Tensor weight) -> Tensor");
+  m.def("_stream_read(Tensor buffer) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(twotower, CPU, m) {

@@ -216,6 +216,9 @@ void attend_all(const AttentionParams& p) {
 }
 
 }  // namespace
+}  // namespace twotower::cpu
+
+namespace twotower::cpu::TWOTOWER_ISA {
 
 void attention(const AttentionParams& p) {
   dispatch_floating(p.dtype, [&]<class T>(std::type_identity<T>) {
@@ -226,4 +229,4 @@ void attention(const AttentionParams& p) {
   });
 }
 
-}  // namespace twotower::cpu
+}  // namespace twotower::cpu::TWOTOWER_ISA

@@ -111,9 +111,12 @@ void denoise_commit_of(const CommitParams& p) {
 }
 
 }  // namespace
+}  // namespace twotower::cpu
+
+namespace twotower::cpu::TWOTOWER_ISA {
 
 void denoise_commit(const CommitParams& p) {
   dispatch_floating(p.dtype, [&]<class T>(std::type_identity<T>) { denoise_commit_of<T>(p); });
 }
 
-}  // namespace twotower::cpu
+}  // namespace twotower::cpu::TWOTOWER_ISA

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
-#include <vector>
 
+#include "scratch.h"
 #include "vec.h"
 
 namespace twotower::cpu {
@@ -77,8 +77,7 @@ void product_nt(const acc_t<T>* const* a, int64_t m, const T* w, int64_t ldw, in
   using A = acc_t<T>;
   // 16-bit weights are converted on the fly for few rows of A, and once for all of them otherwise.
   const bool converted = !std::is_same_v<T, A> && m > kGemmRows;
-  thread_local std::vector<A> scratch;
-  if (converted) scratch.resize(std::max<size_t>(scratch.size(), kGemmColumns * k));
+  const Scratch<A> wide_weights = converted ? scratch<A>(kGemmColumns * k) : nullptr;
   for (int64_t j = 0; j < n; j += kGemmColumns) {
     const int64_t columns = std::min<int64_t>(kGemmColumns, n - j);
     const T* stored[kGemmColumns];
@@ -86,8 +85,8 @@ void product_nt(const acc_t<T>* const* a, int64_t m, const T* w, int64_t ldw, in
     if (converted) {
       const A* wide[kGemmColumns];
       for (int64_t i = 0; i < kGemmColumns; ++i) {
-        convert(stored[i], k, scratch.data() + i * k);
-        wide[i] = scratch.data() + i * k;
+        convert(stored[i], k, wide_weights.get() + i * k);
+        wide[i] = wide_weights.get() + i * k;
       }
       register_tiles(a, m, wide, k, c + j, ldc, columns);
     } else {

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 namespace twotower::cpu {
+namespace {  // compiled into every object that uses it, for that object's instruction set
 
 struct bfloat16 {
   uint16_t bits;
@@ -59,4 +60,5 @@ struct Accumulator<double> {
 template <class T>
 using acc_t = typename Accumulator<T>::type;
 
+}  // namespace
 }  // namespace twotower::cpu

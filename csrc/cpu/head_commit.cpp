@@ -61,9 +61,12 @@ void lm_head_commit_of(const HeadCommitParams& p) {
 }
 
 }  // namespace
+}  // namespace twotower::cpu
+
+namespace twotower::cpu::TWOTOWER_ISA {
 
 void lm_head_commit(const HeadCommitParams& p) {
   dispatch_floating(p.commit.dtype, [&]<class T>(std::type_identity<T>) { lm_head_commit_of<T>(p); });
 }
 
-}  // namespace twotower::cpu
+}  // namespace twotower::cpu::TWOTOWER_ISA

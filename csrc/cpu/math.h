@@ -4,6 +4,7 @@
 #include <cmath>
 
 namespace twotower::cpu {
+namespace {  // compiled into every object that uses it, for that object's instruction set
 
 template <class A>
 A sigmoid(A x) {
@@ -27,4 +28,5 @@ A gated(A y, A z) {
   return y * silu(z);
 }
 
+}  // namespace
 }  // namespace twotower::cpu

@@ -158,8 +158,7 @@ class Experts {
   }
 
   void combine(int64_t t) const {
-    thread_local std::vector<A> sum;
-    sum.assign(p_.D, A(0));
+    const Scratch<A> sum = zeros<A>(p_.D);
     const A* weights = p_.expert_weights.at<const A>(first_token_ + t);
     for (int64_t s = 0; s < p_.k; ++s) {
       const A* out = out_.get() + place_[t * p_.k + s] * p_.D;
@@ -187,9 +186,12 @@ class Experts {
 };
 
 }  // namespace
+}  // namespace twotower::cpu
+
+namespace twotower::cpu::TWOTOWER_ISA {
 
 void moe_experts(const ExpertsParams& p) {
   dispatch_floating(p.dtype, [&]<class T>(std::type_identity<T>) { Experts<T>(p).run(); });
 }
 
-}  // namespace twotower::cpu
+}  // namespace twotower::cpu::TWOTOWER_ISA

@@ -66,6 +66,9 @@ void gated_norm_rows(const GatedNormParams& p, int64_t begin, int64_t end) {
 }
 
 }  // namespace
+}  // namespace twotower::cpu
+
+namespace twotower::cpu::TWOTOWER_ISA {
 
 void rms_norm(const RmsNormParams& p) {
   dispatch_floating(p.dtype, [&]<class T>(std::type_identity<T>) {
@@ -79,4 +82,4 @@ void gated_group_rms_norm(const GatedNormParams& p) {
   });
 }
 
-}  // namespace twotower::cpu
+}  // namespace twotower::cpu::TWOTOWER_ISA

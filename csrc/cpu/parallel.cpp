@@ -16,9 +16,10 @@ namespace twotower::cpu {
 namespace {
 
 struct Job {
-  Job(const std::function<void(int64_t, int64_t)>& body, int64_t n, int64_t piece) : body(body), n(n), piece(piece) {}
+  Job(Body body, const void* context, int64_t n, int64_t piece) : body(body), context(context), n(n), piece(piece) {}
 
-  const std::function<void(int64_t, int64_t)>& body;
+  const Body body;
+  const void* const context;
   const int64_t n, piece;
   std::atomic<int64_t> next{0};
   std::exception_ptr error;
@@ -27,7 +28,7 @@ struct Job {
   void work() {
     for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < n;) {
       try {
-        body(begin, std::min(begin + piece, n));
+        body(context, begin, std::min(begin + piece, n));
       } catch (...) {
         const std::lock_guard lock(error_mutex);
         if (!error) error = std::current_exception();
@@ -127,17 +128,17 @@ int num_threads() {
   return requested_threads > 0 ? requested_threads : all;
 }
 
-void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+void run_parallel(int64_t n, int64_t grain, Body body, const void* context) {
   if (n <= 0) return;
   grain = std::max<int64_t>(grain, 1);
   const int64_t pieces_possible = (n + grain - 1) / grain;
   const int threads = static_cast<int>(std::min<int64_t>(num_threads(), pieces_possible));
-  if (threads <= 1 || inside_pool) return body(0, n);
+  if (threads <= 1 || inside_pool) return body(context, 0, n);
   Pool& p = *pool();
   const std::unique_lock lock(p.mutex, std::try_to_lock);
-  if (!lock) return body(0, n);
+  if (!lock) return body(context, 0, n);
   // Four pieces a thread even out uneven work without making pieces smaller than the grain.
-  Job job(body, n, std::max(grain, (n + 4 * threads - 1) / (4 * threads)));
+  Job job(body, context, n, std::max(grain, (n + 4 * threads - 1) / (4 * threads)));
   inside_pool = true;
   p.run(job, threads);
   inside_pool = false;

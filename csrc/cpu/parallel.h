@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <functional>
 
 namespace twotower::cpu {
 
@@ -12,9 +11,22 @@ namespace twotower::cpu {
 void set_num_threads(int n);
 int num_threads();
 
+using Body = void (*)(const void* context, int64_t begin, int64_t end);
+void run_parallel(int64_t n, int64_t grain, Body body, const void* context);
+
+namespace {  // compiled into every object that uses it, for that object's instruction set
+
 // Runs body(begin, end) over disjoint pieces of [0, n), each of at least `grain` items except the last. Pieces run
 // in any order on any thread, so results must not depend on them. An exception of body is rethrown here. A nested
 // call, and a call while another thread holds the pool, runs on the calling thread alone.
-void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
+template <class F>
+void parallel_for(int64_t n, int64_t grain, const F& body) {
+  const auto call = [](const void* context, int64_t begin, int64_t end) {
+    (*static_cast<const F*>(context))(begin, end);
+  };
+  run_parallel(n, grain, call, &body);
+}
+
+}  // namespace
 
 }  // namespace twotower::cpu

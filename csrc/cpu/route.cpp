@@ -56,6 +56,9 @@ void route_tokens(const RouteParams& p, int64_t begin, int64_t end) {
 }
 
 }  // namespace
+}  // namespace twotower::cpu
+
+namespace twotower::cpu::TWOTOWER_ISA {
 
 void moe_route(const RouteParams& p) {
   dispatch_floating(p.dtype, [&]<class T>(std::type_identity<T>) {
@@ -63,4 +66,4 @@ void moe_route(const RouteParams& p) {
   });
 }
 
-}  // namespace twotower::cpu
+}  // namespace twotower::cpu::TWOTOWER_ISA

@@ -229,6 +229,9 @@ void mamba(const MambaBlockParams& p) {
 }
 
 }  // namespace
+}  // namespace twotower::cpu
+
+namespace twotower::cpu::TWOTOWER_ISA {
 
 void ssd_scan(const ScanParams& p) {
   dispatch_floating(p.dtype, [&]<class T>(std::type_identity<T>) { scan<T, T>(p); });
@@ -238,4 +241,4 @@ void mamba_block(const MambaBlockParams& p) {
   dispatch_floating(p.dtype, [&]<class T>(std::type_identity<T>) { mamba<T>(p); });
 }
 
-}  // namespace twotower::cpu
+}  // namespace twotower::cpu::TWOTOWER_ISA

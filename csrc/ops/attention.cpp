@@ -68,7 +68,7 @@ void block_attention(Face& face, View q, View k, View v, View context_k, View co
                           .context_v = rows<3>(context_v),
                           .context_lengths = rows<0>(context_lengths),
                           .out = rows<3>(out)};
-  launch(check, face, p, cpu::attention, nullptr);
+  launch(check, face, p, cpu::kernels().attention, nullptr);
 }
 
 void two_stream_attention(Face& face, View q, View context_k, View context_v, View k, View v, int64_t block_size) {
@@ -98,7 +98,7 @@ void two_stream_attention(Face& face, View q, View context_k, View context_v, Vi
                           .context_v = rows<3>(context_v),
                           .context_lengths = {},
                           .out = rows<3>(out)};
-  launch(check, face, p, cpu::attention, nullptr);
+  launch(check, face, p, cpu::kernels().attention, nullptr);
 }
 
 }  // namespace twotower::ops

@@ -84,7 +84,7 @@ void denoise_commit(Face& face, View logits, View block, View step, View seed, V
   CommitParams p = commit_params(check, face, B, L, V, block, step, seed, offset, settings);
   if (B == 0) return;
   p.logits = rows<2>(logits);
-  launch(check, face, p, cpu::denoise_commit, nullptr);
+  launch(check, face, p, cpu::kernels().denoise_commit, nullptr);
 }
 
 void lm_head_commit(Face& face, View hidden, View weight, View block, View step, View seed, View offset,
@@ -98,7 +98,7 @@ void lm_head_commit(Face& face, View hidden, View weight, View block, View step,
   const CommitParams commit = commit_params(check, face, B, L, V, block, step, seed, offset, settings);
   if (B == 0) return;
   const HeadCommitParams p{.D = D, .hidden = rows<2>(hidden), .weight = rows<1>(weight), .commit = commit};
-  launch(check, face, p, cpu::lm_head_commit, nullptr);
+  launch(check, face, p, cpu::kernels().lm_head_commit, nullptr);
 }
 
 }  // namespace twotower::ops

@@ -50,7 +50,7 @@ void ssd_scan(Face& face, View x, View dt, View A_log, View Bm, View Cm, View D,
                      .y = rows<3>(y),
                      .final_state = rows<3>(final_state),
                      .states = rows<4>(states)};
-  launch(check, face, p, cpu::ssd_scan, nullptr);
+  launch(check, face, p, cpu::kernels().ssd_scan, nullptr);
 }
 
 void mamba_block(Face& face, View zxbcdt, View conv_weight, View conv_bias, View A_log, View D, View dt_bias,
@@ -111,7 +111,7 @@ void mamba_block(Face& face, View zxbcdt, View conv_weight, View conv_bias, View
                            .out = rows<2>(out),
                            .new_conv_state = rows<2>(new_conv_state),
                            .new_ssm_state = rows<3>(new_ssm_state)};
-  launch(check, face, p, cpu::mamba_block, nullptr);
+  launch(check, face, p, cpu::kernels().mamba_block, nullptr);
 }
 
 }  // namespace twotower::ops

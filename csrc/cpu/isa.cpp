@@ -1,0 +1,79 @@
+// Picks the instruction set of the CPU kernels, once.
+#include <cstdlib>
+#include <stdexcept>
+
+#include "../params.h"
+
+namespace twotower::cpu {
+
+#if defined(__x86_64__)
+namespace v2 {
+extern const Kernels table;
+}
+namespace v3 {
+extern const Kernels table;
+}
+namespace v4 {
+extern const Kernels table;
+}
+namespace v4_bf16 {
+extern const Kernels table;
+}
+#else
+namespace baseline {
+extern const Kernels table;
+}
+#endif
+
+namespace {
+
+// Those this processor has, best last. The levels are those of the x86-64 ABI; each has all features of the one below.
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("sse4.2") || !__builtin_cpu_supports("popcnt")) return found;
+  found.push_back(&v2::table);
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi") ||
+      !__builtin_cpu_supports("bmi2"))
+    return found;
+  found.push_back(&v3::table);
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512cd") || !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return found;
+  found.push_back(&v4::table);
+  if (__builtin_cpu_supports("avx512bf16")) found.push_back(&v4_bf16::table);
+#else
+  found.push_back(&baseline::table);
+#endif
+  return found;
+}
+
+const Kernels& pick() {
+  const std::vector<const Kernels*> found = available();
+  if (found.empty()) throw std::runtime_error("twotower: the CPU kernels need a processor with SSE 4.2 (x86-64-v2)");
+  const char* wanted = std::getenv("TWOTOWER_ISA");
+  if (!wanted || !*wanted) return *found.back();
+  std::string names;
+  for (const Kernels* k : found) {
+    if (wanted == std::string(k->isa)) return *k;
+    names += (names.empty() ? "" : ", ") + std::string(k->isa);
+  }
+  throw std::invalid_argument("twotower: TWOTOWER_ISA must be one that this processor has (" + names + "), got '" +
+                              wanted + "'");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& picked = pick();
+  return picked;
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Kernels* k : available()) names.emplace_back(k->isa);
+  return names;
+}
+
+}  // namespace twotower::cpu
