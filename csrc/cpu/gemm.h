@@ -4,12 +4,47 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "scratch.h"
 #include "vec.h"
 
 namespace twotower::cpu {
 namespace {
+
+// What the rows of A are stored as: accumulators, or bfloat16 where one instruction multiplies pairs of them.
+#if defined(__AVX512BF16__)
+template <class T>
+using operand_t = std::conditional_t<std::is_same_v<T, bfloat16>, bfloat16, acc_t<T>>;
+#else
+template <class T>
+using operand_t = acc_t<T>;
+#endif
+
+// How elements X enter a sum of accumulators A when those of the other factor are stored as Y.
+template <class X, class Y>
+struct Elements {
+  using A = acc_t<X>;
+  static constexpr int64_t kStep = kLanes<A>;
+  static Vec<A> whole(const X* from) { return load(from); }
+  static Vec<A> part(const X* from, int64_t count) { return load_part(from, count); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Elements<bfloat16, bfloat16> {
+  static constexpr int64_t kStep = 32;
+  static __m512bh whole(const bfloat16* from) { return load_bits<__m512bh>(from); }
+  static __m512bh part(const bfloat16* from, int64_t count) {
+    return (__m512bh)_mm512_maskz_loadu_epi16((1u << count) - 1, from);
+  }
+};
+
+// Lane i of c + a[2i] b[2i] + a[2i + 1] b[2i + 1]. The instruction takes subnormal numbers for zero.
+inline Vec<float> multiply_add(__m512bh a, __m512bh b, Vec<float> c) {
+  return _mm512_dpbf16_ps(c, a, b);
+}
+#endif
 
 constexpr int kGemmColumns = 4;  // rows of W that a register tile covers
 #if defined(__AVX512F__)
@@ -18,44 +53,102 @@ constexpr int kGemmRows = 6;  // rows of A: 24 accumulators of 32 vector registe
 constexpr int kGemmRows = 3;  // 12 accumulators of 16 vector registers
 #endif
 
-// kRows x kGemmColumns elements of the result. Each is the sum over k in one fixed order (lane k mod kLanes, then
-// across lanes), the same for every kRows: an element does not depend on which others are computed with it.
-template <int kRows, class T>
-void register_tile(const acc_t<T>* const* a, const T* const (&w)[kGemmColumns], int64_t k, acc_t<T>* c, int64_t ldc,
-                   int64_t columns) {
-  using A = acc_t<T>;
-  constexpr int64_t kStep = kLanes<A>;
-  Vec<A> sum[kRows][kGemmColumns] = {};
-  const auto accumulate = [&](const Vec<A>(&av)[kRows], const Vec<A>(&wv)[kGemmColumns]) {
-    for (int i = 0; i < kRows; ++i)
-      for (int j = 0; j < kGemmColumns; ++j) sum[i][j] = multiply_add(av[i], wv[j], sum[i][j]);
-  };
-  int64_t at = 0;
-  for (; at + kStep <= k; at += kStep) {
-    Vec<A> av[kRows], wv[kGemmColumns];
-    for (int i = 0; i < kRows; ++i) av[i] = load(a[i] + at);
-    for (int j = 0; j < kGemmColumns; ++j) wv[j] = load(w[j] + at);
-    accumulate(av, wv);
-  }
-  if (at < k) {
-    Vec<A> av[kRows], wv[kGemmColumns];
-    for (int i = 0; i < kRows; ++i) av[i] = load_part(a[i] + at, k - at);
-    for (int j = 0; j < kGemmColumns; ++j) wv[j] = load_part(w[j] + at, k - at);
-    accumulate(av, wv);
-  }
-  for (int i = 0; i < kRows; ++i) {
-    A row[kGemmColumns];
-    for (int j = 0; j < kGemmColumns; ++j) row[j] = sum_lanes<A>(sum[i][j]);
-    std::copy_n(row, columns, c + i * ldc);
+// f(0) ... f(kCount - 1) with constant arguments: what they index stays in registers.
+#define TWOTOWER_INLINE __attribute__((always_inline))
+template <int kCount, class F>
+TWOTOWER_INLINE inline void unrolled(const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>)
+      TWOTOWER_INLINE { (f(std::integral_constant<int, i>{}), ...); }(std::make_integer_sequence<int, kCount>{});
+}
+
+// Folded by halves, like sum_lanes, until four lanes are left.
+template <int kCount = kLanes<float>>
+VecOf<float, 4>::type four_lanes(typename VecOf<float, kCount>::type v) {
+  if constexpr (kCount == 4) {
+    return v;
+  } else {
+    typename VecOf<float, kCount / 2>::type half[2];
+    std::memcpy(half, &v, sizeof half);
+    return four_lanes<kCount / 2>(half[0] + half[1]);
   }
 }
 
-// The register tiles of m rows of A.
-template <int kRows = kGemmRows, class T>
-void register_tiles(const acc_t<T>* const* a, int64_t m, const T* const (&w)[kGemmColumns], int64_t k, acc_t<T>* c,
-                    int64_t ldc, int64_t columns) {
-  for (; m >= kRows; m -= kRows, a += kRows, c += kRows * ldc) register_tile<kRows>(a, w, k, c, ldc, columns);
-  if constexpr (kRows > 1) register_tiles<kRows - 1>(a, m, w, k, c, ldc, columns);
+// The sums of four vectors' lanes.
+inline VecOf<float, 4>::type sum_lanes_of_four(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d) {
+#if defined(__SSE3__)
+  return _mm_hadd_ps(_mm_hadd_ps(four_lanes(a), four_lanes(b)), _mm_hadd_ps(four_lanes(c), four_lanes(d)));
+#else
+  return VecOf<float, 4>::type{sum_lanes<float>(a), sum_lanes<float>(b), sum_lanes<float>(c), sum_lanes<float>(d)};
+#endif
+}
+inline VecOf<double, 4>::type sum_lanes_of_four(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d) {
+  return VecOf<double, 4>::type{sum_lanes<double>(a), sum_lanes<double>(b), sum_lanes<double>(c), sum_lanes<double>(d)};
+}
+
+// Rows of W that memory shall bring while a tile is computed, `stride` elements apart.
+template <class T>
+struct Ahead {
+  const T* rows;
+  int64_t stride;
+  int count;
+};
+
+// kRows x kGemmColumns elements of the result. Each is the sum over k in one fixed order (by lanes, then across lanes),
+// the same for every kRows: an element does not depend on which others are computed with it.
+template <int kRows, class Operand, class T>
+void register_tile(const Operand* const* a, const T* const (&w)[kGemmColumns], int64_t k, acc_t<T>* c, int64_t ldc,
+                   int64_t columns, Ahead<T> ahead) {
+  using A = acc_t<T>;
+  using OfA = Elements<Operand, T>;
+  using OfW = Elements<T, Operand>;
+  constexpr int64_t kStep = OfW::kStep;
+  Vec<A> sum[kRows][kGemmColumns] = {};
+  const auto accumulate = [&](const auto& load_a, const auto& load_w) TWOTOWER_INLINE {
+    decltype(load_w(0)) wv[kGemmColumns];
+    unrolled<kGemmColumns>([&](auto j) TWOTOWER_INLINE { wv[j] = load_w(j); });
+    unrolled<kRows>([&](auto i) TWOTOWER_INLINE {
+      const auto av = load_a(i);
+      unrolled<kGemmColumns>([&](auto j) TWOTOWER_INLINE { sum[i][j] = multiply_add(av, wv[j], sum[i][j]); });
+    });
+  };
+  int64_t at = 0;
+  for (; at + kStep <= k; at += kStep) {
+    for (int j = 0; j < ahead.count; ++j) __builtin_prefetch(ahead.rows + j * ahead.stride + at);
+    accumulate([&](int i) TWOTOWER_INLINE { return OfA::whole(a[i] + at); },
+               [&](int j) TWOTOWER_INLINE { return OfW::whole(w[j] + at); });
+  }
+  if (at < k)
+    accumulate([&](int i) TWOTOWER_INLINE { return OfA::part(a[i] + at, k - at); },
+               [&](int j) TWOTOWER_INLINE { return OfW::part(w[j] + at, k - at); });
+  unrolled<kRows>([&](auto i) TWOTOWER_INLINE {
+    const auto row = sum_lanes_of_four(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+    std::memcpy(c + i * ldc, &row, columns * sizeof(A));
+  });
+}
+
+// register_tile<rows>, rows <= kRows.
+template <int kRows = kGemmRows, class Operand, class T>
+void register_tile_of(int64_t rows, const Operand* const* a, const T* const (&w)[kGemmColumns], int64_t k, acc_t<T>* c,
+                      int64_t ldc, int64_t columns, Ahead<T> ahead) {
+  if constexpr (kRows > 1)
+    if (rows < kRows) return register_tile_of<kRows - 1>(rows, a, w, k, c, ldc, columns, ahead);
+  register_tile<kRows>(a, w, k, c, ldc, columns, ahead);
+}
+
+// The register tiles of m rows of A, as equal as can be; together they read `ahead`.
+template <class Operand, class T>
+void register_tiles(const Operand* const* a, int64_t m, const T* const (&w)[kGemmColumns], int64_t k, acc_t<T>* c,
+                    int64_t ldc, int64_t columns, Ahead<T> ahead) {
+  for (int64_t tiles = (m + kGemmRows - 1) / kGemmRows; tiles > 0; --tiles) {
+    const int64_t rows = (m + tiles - 1) / tiles;
+    const int count = static_cast<int>((ahead.count + tiles - 1) / tiles);
+    register_tile_of(rows, a, w, k, c, ldc, columns, {ahead.rows, ahead.stride, count});
+    ahead.rows += count * ahead.stride;
+    ahead.count -= count;
+    m -= rows;
+    a += rows;
+    c += rows * ldc;
+  }
 }
 
 // to[i] = from[i] in the accumulator dtype.
@@ -72,11 +165,11 @@ void convert(const T* from, int64_t n, acc_t<T>* to) {
 // c[i * ldc + j] = sum over k of a[i][k] * w[j * ldw + k], i < m, j < n. The caller keeps m rows of A and n rows of W
 // small enough for the cache; rows of W are read once.
 template <class T>
-void product_nt(const acc_t<T>* const* a, int64_t m, const T* w, int64_t ldw, int64_t n, int64_t k, acc_t<T>* c,
+void product_nt(const operand_t<T>* const* a, int64_t m, const T* w, int64_t ldw, int64_t n, int64_t k, acc_t<T>* c,
                 int64_t ldc) {
   using A = acc_t<T>;
-  // 16-bit weights are converted on the fly for few rows of A, and once for all of them otherwise.
-  const bool converted = !std::is_same_v<T, A> && m > kGemmRows;
+  // 16-bit weights that have to be converted are so on the fly for few rows of A, and once for all of them otherwise.
+  const bool converted = !std::is_same_v<T, operand_t<T>> && m > kGemmRows;
   const Scratch<A> wide_weights = converted ? scratch<A>(kGemmColumns * k) : nullptr;
   for (int64_t j = 0; j < n; j += kGemmColumns) {
     const int64_t columns = std::min<int64_t>(kGemmColumns, n - j);
@@ -88,17 +181,18 @@ void product_nt(const acc_t<T>* const* a, int64_t m, const T* w, int64_t ldw, in
         convert(stored[i], k, wide_weights.get() + i * k);
         wide[i] = wide_weights.get() + i * k;
       }
-      register_tiles(a, m, wide, k, c + j, ldc, columns);
+      if constexpr (!std::is_same_v<T, operand_t<T>>) register_tiles(a, m, wide, k, c + j, ldc, columns, Ahead<A>{});
     } else {
-      register_tiles(a, m, stored, k, c + j, ldc, columns);
+      const int count = static_cast<int>(std::clamp<int64_t>(n - j - kGemmColumns, 0, kGemmColumns));
+      register_tiles(a, m, stored, k, c + j, ldc, columns, Ahead<T>{w + (j + kGemmColumns) * ldw, ldw, count});
     }
   }
 }
 
-// A row in the accumulator dtype: itself, or a copy in `scratch` of `k` elements.
-template <class T>
-const acc_t<T>* accumulator_row(const T* row, int64_t k, acc_t<T>* scratch) {
-  if constexpr (std::is_same_v<T, acc_t<T>>) {
+// A row stored as O: itself, or a copy in `scratch` of `k` elements.
+template <class O, class T>
+const O* row_as(const T* row, int64_t k, O* scratch) {
+  if constexpr (std::is_same_v<T, O>) {
     return row;
   } else {
     convert(row, k, scratch);

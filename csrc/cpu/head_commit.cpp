@@ -1,8 +1,6 @@
 // lm_head_commit: the output head fused with denoise_commit. The logits of a tile of the vocabulary live in the cache
 // for as long as it takes to scan them; they are never stored and never rounded to the activations' dtype. Compiled for
 // exact arithmetic (sampling.h).
-#include <memory>
-
 #include "../dispatch.h"
 #include "gemm.h"
 #include "parallel.h"
@@ -18,7 +16,7 @@ static_assert(kTile <= kPart && kTile % kPad == 0);
 
 // Scans one tile for `count` positions: scans[i * stride] for positions[i].
 template <class T>
-void scan_tile(const HeadCommitParams& p, int64_t tile, const Position* positions, const acc_t<T>* const* hidden,
+void scan_tile(const HeadCommitParams& p, int64_t tile, const Position* positions, const operand_t<T>* const* hidden,
                int64_t count, Prediction<acc_t<T>>* scans, int64_t stride) {
   using A = acc_t<T>;
   const int64_t first = tile * kTile, tokens = std::min(kTile, p.commit.V - first);
@@ -37,22 +35,23 @@ void scan_tile(const HeadCommitParams& p, int64_t tile, const Position* position
 template <class T>
 void lm_head_commit_of(const HeadCommitParams& p) {
   using A = acc_t<T>;
+  using O = operand_t<T>;
   const std::vector<Position> masked = masked_positions(p.commit);
   const int64_t positions = masked.size(), tiles = (p.commit.V + kTile - 1) / kTile;
   const int64_t at_once = std::min(positions, kPositions);
-  const auto wide = std::make_unique_for_overwrite<A[]>(std::is_same_v<T, A> ? 0 : at_once * p.D);
-  std::vector<const A*> hidden(at_once);
+  const auto wide = scratch<O>(std::is_same_v<T, O> ? 0 : at_once * p.D);
+  const auto hidden = scratch<const O*>(at_once);
   std::vector<Prediction<A>> scans(at_once * tiles), predictions(positions);
 
   for (int64_t first = 0; first < positions; first += at_once) {
     const int64_t count = std::min(at_once, positions - first);
     for (int64_t i = 0; i < count; ++i) {
       const Position at = masked[first + i];
-      hidden[i] = accumulator_row(p.hidden.at<const T>(at.b, at.l), p.D, wide.get() + i * p.D);
+      hidden[i] = row_as<O>(p.hidden.at<const T>(at.b, at.l), p.D, wide.get() + i * p.D);
     }
     parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile)
-        scan_tile<T>(p, tile, masked.data() + first, hidden.data(), count, scans.data() + tile, tiles);
+        scan_tile<T>(p, tile, masked.data() + first, hidden.get(), count, scans.data() + tile, tiles);
     });
     for (int64_t i = 0; i < count; ++i)
       for (int64_t tile = 0; tile < tiles; ++tile) predictions[first + i].merge(scans[i * tiles + tile]);

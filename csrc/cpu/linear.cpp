@@ -14,11 +14,12 @@ constexpr int64_t kColumns = 64;  // rows of the weight that a work item takes
 template <class T>
 void linear_of(const LinearParams& p) {
   using A = acc_t<T>;
-  const int64_t padded = std::is_same_v<T, A> ? 0 : p.K;
-  const Scratch<A> wide = scratch<A>(p.M * padded);
-  const Scratch<const A*> x = scratch<const A*>(p.M);
+  using O = operand_t<T>;
+  const int64_t width = std::is_same_v<T, O> ? 0 : p.K;
+  const Scratch<O> wide = scratch<O>(p.M * width);
+  const Scratch<const O*> x = scratch<const O*>(p.M);
   parallel_for(p.M, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) x[m] = accumulator_row(p.x.at<const T>(m), p.K, wide.get() + m * padded);
+    for (int64_t m = begin; m < end; ++m) x[m] = row_as<O>(p.x.at<const T>(m), p.K, wide.get() + m * width);
   });
   parallel_for((p.N + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
     A tile[kRows * kColumns];

@@ -3,7 +3,6 @@
 // Each weight matrix that is needed at all is read once for up to kPairs routed tokens, by as many threads as it has
 // tiles. The shared expert is one more expert that every token visits. Sums have a fixed order: within a product that
 // of gemm.h, over a token's experts that of its slots. So a token's result depends on nothing but the token.
-#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -26,7 +25,7 @@ struct Visit {
   const T *up, *down;  // [width or 2 width, D], [D, width]
   int64_t width;
   int64_t first, count;  // rows of x and of out: [first, first + count) in expert order
-  acc_t<T>* h;           // [count, width]
+  operand_t<T>* h;       // [count, width]
 };
 
 // Work item: rows [begin, end) of a visited expert's matrix.
@@ -43,6 +42,7 @@ A relu2(A v) {
 template <class T>
 class Experts {
   using A = acc_t<T>;
+  using O = operand_t<T>;
 
  public:
   explicit Experts(const ExpertsParams& p)
@@ -50,12 +50,12 @@ class Experts {
         shared_(p.shared_F > 0),
         chunk_(std::min(p.T, std::max<int64_t>(1, kPairs / std::max<int64_t>(p.k, 1)))) {
     const int64_t rows = chunk_ * (p.k + shared_);
-    if constexpr (!std::is_same_v<T, A>) wide_ = std::make_unique_for_overwrite<A[]>(chunk_ * p.D);
+    if constexpr (!std::is_same_v<T, O>) wide_ = scratch<O>(chunk_ * p.D);
     row_.resize(chunk_);
     x_.resize(rows);
     place_.resize(chunk_ * p.k);
-    h_ = std::make_unique_for_overwrite<A[]>(chunk_ * (p.k * p.F + p.shared_F));
-    out_ = std::make_unique_for_overwrite<A[]>(rows * p.D);
+    h_ = scratch<O>(chunk_ * (p.k * p.F + p.shared_F));
+    out_ = scratch<A>(rows * p.D);
   }
 
   void run() {
@@ -81,14 +81,14 @@ class Experts {
   void sort_by_expert() {
     parallel_for(tokens_, 16, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
-        row_[t] = accumulator_row(p_.x.at<const T>(first_token_ + t), p_.D, wide_.get() + t * p_.D);
+        row_[t] = row_as<O>(p_.x.at<const T>(first_token_ + t), p_.D, wide_.get() + t * p_.D);
     });
     std::vector<int64_t> start(p_.E + 1);
     for (int64_t t = 0; t < tokens_; ++t)
       for (int64_t s = 0; s < p_.k; ++s) ++start[expert(first_token_ + t, s) + 1];
     std::partial_sum(start.begin(), start.end(), start.begin());
     visits_.clear();
-    A* h = h_.get();
+    O* h = h_.get();
     const auto visit = [&](const Rows<2>& up, const Rows<2>& down, int64_t e, int64_t width, int64_t first,
                            int64_t count) {
       visits_.push_back({up.at<const T>(e, 0), down.at<const T>(e, 0), width, first, count, h});
@@ -124,7 +124,7 @@ class Experts {
     });
   }
 
-  // h = activation(up x), kept in the accumulator dtype: a square overflows float16 easily.
+  // h = activation(up x), kept as the next product takes it; never in float16, which a square overflows easily.
   void up(const Item& item) {
     const Visit<T>& v = visits_[item.visit];
     const bool gated = p_.activation == MoeActivation::silu_gate;
@@ -132,16 +132,16 @@ class Experts {
     A first[kRows * kTile], second[kRows * kTile];
     for (int64_t r = 0; r < v.count; r += kRows) {
       const int64_t rows = std::min(kRows, v.count - r);
-      const A* const* x = x_.data() + v.first + r;
+      const O* const* x = x_.data() + v.first + r;
       product_nt(x, rows, v.up + item.begin * p_.D, p_.D, width, p_.D, first, kTile);
       if (gated) product_nt(x, rows, v.up + (v.width + item.begin) * p_.D, p_.D, width, p_.D, second, kTile);
       for (int64_t i = 0; i < rows; ++i) {
         const A *a = first + i * kTile, *b = second + i * kTile;
-        A* h = v.h + (r + i) * v.width + item.begin;
+        O* h = v.h + (r + i) * v.width + item.begin;
         if (gated)
-          for (int64_t f = 0; f < width; ++f) h[f] = silu(a[f]) * b[f];
+          for (int64_t f = 0; f < width; ++f) h[f] = O(silu(a[f]) * b[f]);
         else
-          for (int64_t f = 0; f < width; ++f) h[f] = relu2(a[f]);
+          for (int64_t f = 0; f < width; ++f) h[f] = O(relu2(a[f]));
       }
     }
   }
@@ -150,7 +150,7 @@ class Experts {
     const Visit<T>& v = visits_[item.visit];
     for (int64_t r = 0; r < v.count; r += kRows) {
       const int64_t rows = std::min(kRows, v.count - r);
-      const A* h[kRows];
+      const O* h[kRows];
       for (int64_t i = 0; i < rows; ++i) h[i] = v.h + (r + i) * v.width;
       product_nt(h, rows, v.down + item.begin * v.width, v.width, item.end - item.begin, v.width,
                  out_.get() + (v.first + r) * p_.D + item.begin, p_.D);
@@ -176,13 +176,13 @@ class Experts {
   const bool shared_;
   const int64_t chunk_;  // tokens at a time
   int64_t first_token_ = 0, tokens_ = 0;
-  std::unique_ptr<A[]> wide_;      // x of the chunk's tokens in the accumulator dtype
-  std::vector<const A*> row_, x_;  // rows of it (or of x): by token; in expert order, the shared expert last
+  Scratch<O> wide_;                // x of the chunk's tokens as products take it, if that is not how it is stored
+  std::vector<const O*> row_, x_;  // rows of it (or of x): by token; in expert order, the shared expert last
   std::vector<int64_t> place_;     // [token, slot] -> row in expert order
   std::vector<Visit<T>> visits_;
   std::vector<Item> items_;
-  std::unique_ptr<A[]> h_;    // [row in expert order, width]
-  std::unique_ptr<A[]> out_;  // [row in expert order, D]
+  Scratch<O> h_;    // [row in expert order, width]
+  Scratch<A> out_;  // [row in expert order, D]
 };
 
 }  // namespace

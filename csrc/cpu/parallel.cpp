@@ -40,6 +40,19 @@ struct Job {
 
 thread_local bool inside_pool = false;
 
+// Waits a little for done(), some tens of microseconds: kernels follow one another closely, and waking a thread that
+// sleeps takes longer than many of them.
+template <class F>
+void spin(const F& done) {
+  for (int i = 0; i < 1500 && !done(); ++i) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb");
+#endif
+  }
+}
+
 // Workers sleep on `epoch_`. A job is open to them until the caller has found no piece left; the caller then waits for
 // the workers inside, never for one that has not woken up: a busy machine delays nobody.
 class Pool {
@@ -57,6 +70,7 @@ class Pool {
     epoch_.notify_all();
     job.work();
     state_.fetch_and(~kOpen, std::memory_order_acq_rel);
+    spin([&] { return state_.load(std::memory_order_acquire) == 0; });
     for (uint32_t inside; (inside = state_.load(std::memory_order_acquire)) != 0;) state_.wait(inside);
   }
 
@@ -73,6 +87,7 @@ class Pool {
   void loop(uint32_t seen) {
     inside_pool = true;
     for (;;) {
+      spin([&] { return epoch_.load(std::memory_order_acquire) != seen; });
       epoch_.wait(seen, std::memory_order_acquire);
       seen = epoch_.load(std::memory_order_acquire);
       if (!enter()) continue;

@@ -36,7 +36,7 @@ void route_tokens(const RouteParams& p, int64_t begin, int64_t end) {
   for (int64_t first = begin; first < end; first += kTokens) {
     const int64_t tokens = std::min(kTokens, end - first);
     const A* x[kTokens];
-    for (int64_t i = 0; i < tokens; ++i) x[i] = accumulator_row(p.x.at<const T>(first + i), p.D, wide.data() + i * p.D);
+    for (int64_t i = 0; i < tokens; ++i) x[i] = row_as<A>(p.x.at<const T>(first + i), p.D, wide.data() + i * p.D);
     product_nt(x, tokens, p.gate_weight.at<const A>(0), p.gate_weight.stride[0], p.E, p.D, scores.data(), p.E);
 
     for (int64_t i = 0; i < tokens; ++i) {

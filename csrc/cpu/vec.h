@@ -4,7 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__FMA__)
+#if defined(__SSE3__)
 #include <immintrin.h>
 #endif
 

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from twotower.config import ATTENTION, MAMBA, Config
 from twotower.state import LayerState, accumulation_dtype, append_keys
 from twotower_ext import ops
+from twotower_ext.ops._linear import linear as few_rows_linear
 
 SHORT_BLOCK = 32
-"""Up to this many rows the Mamba mixer between its projections is one kernel; more take the chunked scan."""
+"""Up to this many rows the Mamba mixer between its projections is one kernel, and so is a projection on the CPU; more
+take the scan of any length and the matrix library."""
 
 
 def parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
@@ -39,6 +41,9 @@ def row_by_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (B, L, D_in) times weight (D_out, D_in) transposed, each batch row as if it were alone (CPU)."""
+    no_gradient = not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    if x.device.type == "cpu" and x.shape[1] <= SHORT_BLOCK and no_gradient:
+        return few_rows_linear(x, weight)  # reads the weight once for all rows
     return row_by_row(lambda row: F.linear(row, weight), x)
 
 
