@@ -62,6 +62,11 @@ inline void* current_stream(int device) {
   return stream;
 }
 
+// Torch's own threads.
+inline void torch_team(int64_t n, cpu::Body body, const void* context) {
+  torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
 // One call of one op: its device is current while it lives, and the tensors it made or copied stay alive.
 class TorchFace final : public Face {
  public:
@@ -70,7 +75,7 @@ class TorchFace final : public Face {
       guard_.emplace(device_.index());
       stream_ = current_stream(device_.index());
     } else {
-      cpu::set_num_threads(static_cast<int>(torch::stable::get_num_threads()));
+      cpu::use_threads(static_cast<int>(torch::stable::get_num_threads()), torch_team);
     }
   }
 

@@ -10,10 +10,13 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace twotower::cpu {
 namespace {
+
+thread_local bool inside_pool = false;  // of a team or of the pool: what is nested runs on one thread
 
 struct Job {
   Job(Body body, const void* context, int64_t n, int64_t piece) : body(body), context(context), n(n), piece(piece) {}
@@ -38,7 +41,13 @@ struct Job {
   }
 };
 
-thread_local bool inside_pool = false;
+// A team's member takes pieces until none is left. Members that come late find none.
+void work_on(const void* job, int64_t, int64_t) {
+  Job* const pieces = const_cast<Job*>(static_cast<const Job*>(job));
+  const bool nested = std::exchange(inside_pool, true);
+  pieces->work();
+  inside_pool = nested;
+}
 
 // Waits a little for done(), some tens of microseconds: kernels follow one another closely, and waking a thread that
 // sleeps takes longer than many of them.
@@ -110,12 +119,15 @@ class Pool {
   std::atomic<uint32_t> epoch_{0};
 };
 
-// Leaked on purpose: worker threads outlive static destructors. A forked child has no workers and gets a new pool.
+bool forked = false;  // a forked child has neither workers nor, in general, the framework's threads
+
+// Leaked on purpose: worker threads outlive static destructors. A forked child gets a new pool.
 Pool*& pool() {
   static Pool* instance = [] {
     pthread_atfork(nullptr, nullptr, [] {
       pool() = new Pool;
       inside_pool = false;
+      forked = true;
     });
     return new Pool;
   }();
@@ -131,11 +143,13 @@ int processors() {
 }
 
 thread_local int requested_threads = 0;
+thread_local Team requested_team = nullptr;
 
 }  // namespace
 
-void set_num_threads(int n) {
-  requested_threads = n;
+void use_threads(int threads, Team team) {
+  requested_threads = threads;
+  requested_team = team;
 }
 
 int num_threads() {
@@ -150,13 +164,18 @@ void run_parallel(int64_t n, int64_t grain, Body body, const void* context) {
   const int threads = static_cast<int>(std::min<int64_t>(num_threads(), pieces_possible));
   if (threads <= 1 || inside_pool) return body(context, 0, n);
   Pool& p = *pool();
-  const std::unique_lock lock(p.mutex, std::try_to_lock);
-  if (!lock) return body(context, 0, n);
   // Four pieces a thread even out uneven work without making pieces smaller than the grain.
   Job job(body, context, n, std::max(grain, (n + 4 * threads - 1) / (4 * threads)));
-  inside_pool = true;
-  p.run(job, threads);
-  inside_pool = false;
+  const bool team = requested_team && !forked;
+  const std::unique_lock lock = team ? std::unique_lock<std::mutex>() : std::unique_lock(p.mutex, std::try_to_lock);
+  if (!team && !lock) return body(context, 0, n);
+  if (team) {
+    requested_team(threads, work_on, &job);
+  } else {
+    inside_pool = true;
+    p.run(job, threads);
+    inside_pool = false;
+  }
   if (job.error) std::rethrow_exception(job.error);
 }
 
