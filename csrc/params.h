@@ -169,6 +169,7 @@ struct LinearParams {
   int64_t M, N, K;
   Rows<1> x;       // T [m, k]
   Rows<1> weight;  // T [n, k]
+  Rows<0> bias;    // T [n]; optional
   Rows<1> y;       // T [m, n]
 };
 

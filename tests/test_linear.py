@@ -25,6 +25,9 @@ def test_against_float64(shape, dtype):
     rtol, atol = TOLERANCE[dtype]
     expected = F.linear(x.double(), weight.double()).to(dtype)
     torch.testing.assert_close(linear(x, weight), expected, rtol=rtol, atol=atol)
+    bias = torch.linspace(-3, 3, shape[1]).to(dtype)
+    expected = F.linear(x.double(), weight.double(), bias.double()).to(dtype)
+    torch.testing.assert_close(linear(x, weight, bias), expected, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", CPU_DTYPES)
@@ -86,6 +89,8 @@ def test_wrong_arguments():
         linear(x, weight[:, :2])
     with pytest.raises(ValueError, match="linear: weight must be float32 to go with float32 x, got bfloat16"):
         linear(x, weight.bfloat16())
+    with pytest.raises(ValueError, match=r"linear: bias must have shape .*got \(3,\)"):
+        linear(x, weight, torch.ones(3))
     with pytest.raises(ValueError, match="linear: x must be float32, .* got int64"):
         linear(x.long(), weight.long())
     with pytest.raises(ValueError, match=r"linear: x must have shape \(..., inputs\)"):
@@ -94,7 +99,7 @@ def test_wrong_arguments():
 
 def test_opcheck():
     for dtype in CPU_DTYPES:
-        torch.library.opcheck(torch.ops.twotower._linear, inputs(3, 5, 8, dtype))
+        torch.library.opcheck(torch.ops.twotower._linear, (*inputs(3, 5, 8, dtype), torch.ones(5, dtype=dtype)))
 
 
 def test_stream_read_reads_everything():

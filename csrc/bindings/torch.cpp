@@ -112,9 +112,9 @@ Commit lm_head_commit(const Tensor& hidden, const Tensor& weight, const Tensor& 
   return {f.result(0), f.result(1), f.result(2), f.result(3), f.result(4)};
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight) {
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   TorchFace f("linear", x);
-  ops::linear(f, f.view("x", x), f.describe("weight", weight));
+  ops::linear(f, f.view("x", x), f.view("weight", weight), f.view("bias", bias));
   return f.result(0);
 }
 
@@ -178,7 +178,7 @@ STABLE_TORCH_LIBRARY(twotower, m) {
       "lm_head_commit(Tensor hidden, Tensor weight, Tensor block, Tensor step, Tensor seed, Tensor offset, "
       "int steps, float threshold, int mask_token_id, float temperature, int top_k, float top_p) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("_linear(Tensor x, Tensor weight) -> Tensor");
+  m.def("_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("_stream_read(Tensor buffer) -> Tensor");
 }
 

@@ -73,16 +73,17 @@ VecOf<float, 4>::type four_lanes(typename VecOf<float, kCount>::type v) {
   }
 }
 
-// The sums of four vectors' lanes.
-inline VecOf<float, 4>::type sum_lanes_of_four(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d) {
+// to[j] = the sum of v[j]'s lanes.
+inline void sum_lanes_of_four(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, float (&to)[4]) {
 #if defined(__SSE3__)
-  return _mm_hadd_ps(_mm_hadd_ps(four_lanes(a), four_lanes(b)), _mm_hadd_ps(four_lanes(c), four_lanes(d)));
+  _mm_storeu_ps(to, _mm_hadd_ps(_mm_hadd_ps(four_lanes(a), four_lanes(b)), _mm_hadd_ps(four_lanes(c), four_lanes(d))));
 #else
-  return VecOf<float, 4>::type{sum_lanes<float>(a), sum_lanes<float>(b), sum_lanes<float>(c), sum_lanes<float>(d)};
+  to[0] = sum_lanes<float>(a), to[1] = sum_lanes<float>(b), to[2] = sum_lanes<float>(c), to[3] = sum_lanes<float>(d);
 #endif
 }
-inline VecOf<double, 4>::type sum_lanes_of_four(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d) {
-  return VecOf<double, 4>::type{sum_lanes<double>(a), sum_lanes<double>(b), sum_lanes<double>(c), sum_lanes<double>(d)};
+inline void sum_lanes_of_four(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d, double (&to)[4]) {
+  to[0] = sum_lanes<double>(a), to[1] = sum_lanes<double>(b), to[2] = sum_lanes<double>(c),
+  to[3] = sum_lanes<double>(d);
 }
 
 // Rows of W that memory shall bring while a tile is computed, `stride` elements apart.
@@ -121,8 +122,9 @@ void register_tile(const Operand* const* a, const T* const (&w)[kGemmColumns], i
     accumulate([&](int i) TWOTOWER_INLINE { return OfA::part(a[i] + at, k - at); },
                [&](int j) TWOTOWER_INLINE { return OfW::part(w[j] + at, k - at); });
   unrolled<kRows>([&](auto i) TWOTOWER_INLINE {
-    const auto row = sum_lanes_of_four(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
-    std::memcpy(c + i * ldc, &row, columns * sizeof(A));
+    A row[kGemmColumns];
+    sum_lanes_of_four(sum[i][0], sum[i][1], sum[i][2], sum[i][3], row);
+    std::copy_n(row, columns, c + i * ldc);
   });
 }
 

@@ -25,12 +25,14 @@ void linear_of(const LinearParams& p) {
     A tile[kRows * kColumns];
     for (int64_t n = begin * kColumns; n < std::min(end * kColumns, p.N); n += kColumns) {
       const int64_t columns = std::min(kColumns, p.N - n);
+      A bias[kColumns] = {};
+      if (p.bias) convert(p.bias.at<const T>() + n, columns, bias);
       for (int64_t m = 0; m < p.M; m += kRows) {
         const int64_t rows = std::min(kRows, p.M - m);
         product_nt(x.get() + m, rows, p.weight.at<const T>(n), p.weight.stride[0], columns, p.K, tile, kColumns);
         for (int64_t i = 0; i < rows; ++i) {
           T* y = p.y.at<T>(m + i) + n;
-          for (int64_t j = 0; j < columns; ++j) y[j] = T(tile[i * kColumns + j]);
+          for (int64_t j = 0; j < columns; ++j) y[j] = T(tile[i * kColumns + j] + bias[j]);
         }
       }
     }

@@ -3,16 +3,23 @@
 
 namespace twotower::ops {
 
-void linear(Face& face, View x, View weight) {
+void linear(Face& face, View x, View weight, View bias) {
   Check check("linear", "x", x);
   Dim M{"rows"}, N{"outputs"}, K{"inputs"};
   check.floating(x, {&M, &K});
   check.like("weight", weight, {&N, &K});
+  if (bias) check.like("bias", bias, {&N});
 
   const TensorView y = face.output(0, x.dtype, x.device, {M, N});
   if (y.numel() == 0) return;
-  const LinearParams p{
-      .dtype = x.dtype, .M = M, .N = N, .K = K, .x = rows<1>(x), .weight = rows<1>(weight), .y = rows<1>(y)};
+  const LinearParams p{.dtype = x.dtype,
+                       .M = M,
+                       .N = N,
+                       .K = K,
+                       .x = rows<1>(x),
+                       .weight = rows<1>(weight),
+                       .bias = rows<0>(bias),
+                       .y = rows<1>(y)};
   launch(check, face, p, cpu::kernels().linear, nullptr);
 }
 

@@ -1,19 +1,19 @@
-"""The command line: `twotower generate`, `twotower info`, `twotower doctor`."""
+"""The command line: `twotower generate`, `twotower info`, `twotower doctor`, `twotower bench`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any
 
+from twotower.command import Parser, guarded, integer, number, one_line, say
 from twotower.display import NO_BREAK, Decode, LiveDisplay, TokenText, printable, supports_live
 
 if TYPE_CHECKING:
@@ -27,69 +27,25 @@ SETTINGS = (
     "mode", "max_new_tokens", "block_size", "steps_per_block", "confidence_threshold", "temperature", "top_k", "top_p",
     "eos_token_id", "seed",
 )  # fmt: skip
-INTERRUPTED, BROKEN_PIPE = 130, 141  # what a shell reports for SIGINT and SIGPIPE
-LONGEST_MESSAGE = 600
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 0, 1 (doctor: something is wrong), 2 (bad input), 130 or 141."""
-    sys.stdout, sys.stderr = _usable(sys.stdout), _usable(sys.stderr)
-    try:
-        arguments = _parser().parse_args(argv)
-        status = arguments.run(arguments)
-        sys.stdout.flush()
-        return status
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        return BROKEN_PIPE
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError, OverflowError) as error:
-        _say(f"twotower: error: {one_line(error)}")
-        return 2
-    finally:
-        _drop_unsent(sys.stdout)
-        _drop_unsent(sys.stderr)
+    """Runs one command; returns its exit status: 0, 1 (something is wrong), 2 (bad input), 130 or 141."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded("twotower", lambda: _run(words))
 
 
-def one_line(message: object) -> str:
-    """An exception's message as one printable line, its middle cut out where it is long; its type if it is empty."""
-    text = printable(" ".join(str(message).split())) or type(message).__name__
-    if len(text) <= LONGEST_MESSAGE:
-        return text
-    half = LONGEST_MESSAGE // 2
-    return f"{text[: half - 5]} ... {text[-half:]}"  # what is wrong often stands behind a long path
+def _run(words: list[str]) -> int:
+    if words[:1] == ["bench"]:  # its options are the suite's own
+        from twotower_ext.benchmarks.run import run
 
-
-def _usable(stream: TextIO | None) -> TextIO:
-    """A standard stream that print can use: closed ones (None) lead nowhere, and no character ends a generation."""
-    if stream is None:
-        return open(os.devnull, "w", encoding="utf-8")
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="replace")
-    return stream
-
-
-def _say(line: str) -> None:
-    """A line on stderr, if anybody listens there."""
-    with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
-
-
-def _drop_unsent(stream: TextIO) -> None:
-    """Sends what is left in the stream, or drops it: else the flush at exit would fail and change the status."""
-    try:
-        stream.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see `{self.prog} --help`)")
+        return run(words[1:], "twotower bench")
+    arguments = _parser().parse_args(words)
+    return arguments.run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="twotower", description="Two-tower diffusion language models: generate, inspect, check.")
+    parser = Parser(prog="twotower", description="Two-tower diffusion language models: generate, inspect, check.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -124,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="versions and devices; runs every op against its reference")
     doctor.set_defaults(run=_doctor)
+
+    commands.add_parser("bench", help="times every op against the machine's ceilings and other code", add_help=False)
     return parser
 
 
@@ -140,22 +98,6 @@ def _add_number(
 ) -> None:
     metavar = "N" if kind is integer else "X"
     parser.add_argument(name, metavar=metavar, type=kind, default=default, help=f"{meaning} (default: {default})")
-
-
-def integer(text: str) -> int:
-    """An int written plainly, without the underscores and the digits of other scripts that `int` accepts."""
-    return int(_plain(text))
-
-
-def number(text: str) -> float:
-    """A float written plainly, as in `integer`."""
-    return float(_plain(text))
-
-
-def _plain(text: str) -> str:
-    if "_" in text or not text.isascii():
-        raise ValueError
-    return text
 
 
 def _token_ids(text: str) -> list[int]:
@@ -209,7 +151,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     if not follower:
         plain = " ".join(map(str, tokens)) if text is None else text
         print(printable(plain) if sys.stdout.isatty() else plain, flush=True)
-    _say(
+    say(
         f"{len(tokens)} tokens in {out.seconds:.2f} s: {out.tokens_per_second:.1f} tokens/s, "
         f"NFE {out.nfe[0]}, {out.tokens_per_nfe:.2f} tokens/NFE"
     )
@@ -290,7 +232,7 @@ def _tokenizer_for(ids: list[int], path: Path) -> _Tokenizer | None:
         tokenizer.decode(ids)
         return tokenizer
     except (ValueError, ImportError) as error:
-        _say(f"twotower: note: {one_line(error)}; printing token ids")
+        say(f"twotower: note: {one_line(error)}; printing token ids")
         return None
 
 
@@ -380,5 +322,5 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     problems = examine()
     for problem in problems:
-        _say(f"twotower: error: {one_line(problem)}")
+        say(f"twotower: error: {one_line(problem)}")
     return 1 if problems else 0

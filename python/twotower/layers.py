@@ -39,12 +39,13 @@ def row_by_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([function(x[b : b + 1].clone()) for b in range(x.shape[0])])
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (B, L, D_in) times weight (D_out, D_in) transposed, each batch row as if it were alone (CPU)."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (B, D_in) or (B, L, D_in) times weight (D_out, D_in) transposed, plus bias (D_out,), each batch row as if it
+    were alone (CPU)."""
     no_gradient = not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-    if x.device.type == "cpu" and x.shape[1] <= SHORT_BLOCK and no_gradient:
-        return few_rows_linear(x, weight)  # reads the weight once for all rows
-    return row_by_row(lambda row: F.linear(row, weight), x)
+    if x.device.type == "cpu" and x.shape[1:-1].numel() <= SHORT_BLOCK and no_gradient:
+        return few_rows_linear(x, weight, bias)  # reads the weight once for all rows
+    return row_by_row(lambda row: F.linear(row, weight, bias), x)
 
 
 class Layer(nn.Module, ABC):

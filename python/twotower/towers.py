@@ -119,12 +119,12 @@ class TimeConditioning(nn.Module):
 
     def embedding(self, features: Tensor) -> Tensor:
         """features (B, 256) -> (B, D), in the model's dtype."""
-        inner = F.silu(F.linear(features.to(self.mlp_in.dtype), self.mlp_in, self.mlp_in_bias))
-        return F.linear(inner, self.mlp_out, self.mlp_out_bias)
+        inner = F.silu(linear(features.to(self.mlp_in.dtype), self.mlp_in, self.mlp_in_bias))
+        return linear(inner, self.mlp_out, self.mlp_out_bias)
 
     def block(self, embedding: Tensor) -> Tensor:
         """embedding (B, D) -> shift | scale | gate common to all layers, (B, 3 D)."""
-        return F.linear(F.silu(embedding), self.block_weight, self.block_bias)
+        return linear(F.silu(embedding), self.block_weight, self.block_bias)
 
     def forward(self, t: Tensor) -> Tensor:
         """t (B,) -> every layer's shift, scale and gate: (layers, 3, B, D)."""

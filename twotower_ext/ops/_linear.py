@@ -10,8 +10,8 @@ from torch import Tensor
 from twotower_ext.ops._common import check_types, empty, register_fake
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weightᵀ on the CPU, for few rows: each row as if it were alone, whatever their number and the threads'.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weightᵀ + bias on the CPU, for few rows: each row as if it were alone, whatever their number and the threads'.
 
     The weight is read once, at the speed of memory. Sums are float32 (float64 for float64) and rounded once. There is
     no gradient: where one is wanted, `torch.nn.functional.linear` has it.
@@ -19,6 +19,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Args:
         x: (..., K).
         weight: (N, K), x's dtype; its rows may be strided.
+        bias: (N,), x's dtype.
 
     Returns:
         (..., N) in x's dtype.
@@ -26,18 +27,18 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
     """
-    check_types("linear", tensors={"x": x, "weight": weight})
+    check_types("linear", tensors={"x": x, "weight": weight}, optional={"bias": bias})
     if x.ndim < 1 or weight.ndim != 2:
         raise ValueError(
             f"linear: x must have shape (..., inputs) and weight (outputs, inputs), got {tuple(x.shape)} and "
             f"{tuple(weight.shape)}"
         )
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return torch.ops.twotower._linear(rows, weight).view(*x.shape[:-1], weight.shape[0])
+    return torch.ops.twotower._linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 register_fake(
     "_linear",
-    {"x": "rows inputs", "weight": "outputs inputs"},
-    lambda x, weight: empty(x, (x.shape[0], weight.shape[0])),
+    {"x": "rows inputs", "weight": "outputs inputs", "bias": "outputs"},
+    lambda x, weight, bias: empty(x, (x.shape[0], weight.shape[0])),
 )
