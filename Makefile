@@ -1,6 +1,7 @@
 # make demo   build, then generate from a small checkpoint in all three modes
 # make test   build, then run the tests          make lint   ruff, clang-format, mypy
-# make gpu    on a machine with an NVIDIA GPU, nvcc and a CUDA torch: build against that torch, run the GPU tests
+# make bench  build, then time every op and a model: table, benchmarks/results/cpu.json, pictures in docs; under 10 min
+# make gpu    on a machine with an NVIDIA GPU, nvcc and a CUDA torch: build against that torch, run tests and suite there
 # All but `make gpu` work inside .venv, which they make; PYTHON chooses the interpreter.
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
@@ -57,10 +58,14 @@ format: .venv/linters
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# BENCH=... adds options, for instance BENCH="--compare old.json"; a run that was interrupted goes on where it stopped.
+bench: .venv/built
+	$(BIN)/python -m twotower_ext.benchmarks --plot $(BENCH)
+
 # Needs no network. Where the tree is a copy without its history, COMMIT=... says what it is a copy of.
 gpu:
 	CMAKE_ARGS="-DTWOTOWER_CUDA=ON $$CMAKE_ARGS" $(PYTHON) -m pip install --no-build-isolation --no-deps --verbose -e .
-	$(PYTHON) benchmarks/gpu.py --out "$(OUT)"
+	$(PYTHON) -m twotower_ext.benchmarks.gpu --out "$(OUT)"
 
 clean:
 	rm -rf build .venv/built twotower_ext/*.so *.egg-info

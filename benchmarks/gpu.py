@@ -1,11 +1,10 @@
-"""Runs the tests that need a GPU and writes what they ran on and how they ended as JSON: the body of `make gpu`."""
+"""The body of `make gpu`: runs the tests that need a GPU, then the suite there, and writes both as JSON."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -15,35 +14,10 @@ from typing import Any
 
 import torch
 
-import twotower_ext
+from . import machine, results
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def first_line(*command: str) -> str | None:
-    """The first line a command prints; None where it is missing or fails."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip().partition("\n")[0]
-
-
-def machine() -> dict[str, object]:
-    """Device, driver, torch and commit: what a figure is worth nothing without."""
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": properties.name,
-        "architecture": f"sm_{properties.major}{properties.minor}",
-        "memory_mib": properties.total_memory // 2**20,
-        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-        "python": sys.version.split()[0],
-        "commit": first_line("git", "describe", "--always", "--dirty", "--abbrev=12") or os.environ.get("COMMIT"),
-        "build": twotower_ext.build_info(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+ROOT = machine.ROOT
+MINUTES = 5.0  # for the suite
 
 
 def gpu_tests() -> list[str]:
@@ -71,20 +45,52 @@ def run_tests(report: Path) -> dict[str, Any]:
     }
 
 
+def run_suite(path: Path, minutes: float) -> dict[str, Any]:
+    """The suite on the GPU, in a process of its own: its exit status, and how many cases ended how."""
+    path.unlink(missing_ok=True)
+    suite = [
+        sys.executable,
+        "-m",
+        f"{__package__}",
+        "--backend",
+        "cuda",
+        "--minutes",
+        str(minutes),
+        "--json",
+        str(path),
+    ]
+    code = subprocess.run(suite, cwd=ROOT).returncode
+    found = results.load(path) if path.exists() else {"results": {}, "refused": {}, "skipped": {}}
+    return {
+        "exit_code": code,
+        "timed": len(found["results"]),
+        "refused": found["refused"],
+        "skipped": len(found["skipped"]),
+        "file": path.name,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the result")
-    out = parser.parse_args().out
+    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder for the results")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for the suite (default: %(default)s)")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no usable NVIDIA GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
+    out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine(), "tests": run_tests(out / "gpu-tests.xml")}
+    found = {"machine": machine.facts("cuda"), "tests": run_tests(out / "gpu-tests.xml")}
     path = out / "gpu.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    tests = result["tests"]
-    print(f"{result['machine']['device']}: {tests['passed']} passed, {len(tests['failed'])} failed; written to {path}")
-    return 0 if tests["exit_code"] == 0 and tests["passed"] > 0 else 1
+    path.write_text(json.dumps(found, indent=2) + "\n")  # before the suite, so that nothing there can lose it
+    found["suite"] = run_suite(out / "cuda.json", options.minutes)
+    path.write_text(json.dumps(found, indent=2) + "\n")
+    tests, suite = found["tests"], found["suite"]
+    print(
+        f"{found['machine']['gpu']}: {tests['passed']} tests passed, {len(tests['failed'])} failed; "
+        f"{suite['timed']} cases timed, {len(suite['refused'])} refused; written to {path} and {suite['file']}"
+    )
+    return 0 if tests["exit_code"] == 0 and tests["passed"] > 0 and suite["exit_code"] == 0 else 1
 
 
 if __name__ == "__main__":

@@ -68,6 +68,19 @@ def directory(golden, tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def little_benchmarks(monkeypatch):
+    """Ceilings of a few MB, and hundredths of a second for each benchmark case: wrong, and quick."""
+    from twotower_ext.benchmarks import ceilings, machine, run, suite  # late, as above
+
+    for module in (suite, run):
+        monkeypatch.setattr(module, "QUICK", suite.Effort(0.01, 0.02, 0.05, runs=3, peer_runs=1))
+    monkeypatch.setattr(machine, "busy", lambda: 0.0)
+    monkeypatch.setattr(ceilings, "LEAST_BYTES", 2**22)
+    monkeypatch.setattr(ceilings, "CACHES_OVER", 0)
+    monkeypatch.setattr(ceilings, "MATMUL_SIZES", {"cpu": (64,)})
+
+
 def pytest_collection_modifyitems(items):
     """The completeness test reads what all others have covered, so it runs last."""
     items.sort(key=lambda item: item.name == "test_golden_suite_is_complete")

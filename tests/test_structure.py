@@ -97,7 +97,19 @@ def imported(path: Path) -> set[str]:
 
 
 # From the model's surface down; a module may import only what stands below it.
-MODEL_LAYERS = ["cli", "doctor", "info", "display", "decode", "weights", "towers", "layers", "state", "config"]
+MODEL_LAYERS = [
+    "cli",
+    "command",
+    "doctor",
+    "info",
+    "display",
+    "decode",
+    "weights",
+    "towers",
+    "layers",
+    "state",
+    "config",
+]
 
 
 def test_the_model_imports_downward():
