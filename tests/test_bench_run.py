@@ -180,7 +180,7 @@ def test_a_planted_slow_kernel_is_flagged(out, tmp_path, monkeypatch, capsys):
     command = [*TWO_OPS, "--threads", "1"]
     assert run.main([*command, "--json", str(out)]) == 0
     seconds = measured(out)["results"][KEYS[3]]["seconds"]
-    monkeypatch.setattr(ops, "causal_conv1d", slowed("causal_conv1d", 3 * seconds))
+    monkeypatch.setattr(ops, "causal_conv1d", slowed("causal_conv1d", 20 * seconds))
     capsys.readouterr()
     assert run.main([*command, "--json", str(tmp_path / "new.json"), "--compare", str(out)]) == 1
     assert f"{KEYS[3]}: SLOWER" in capsys.readouterr().out

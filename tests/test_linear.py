@@ -83,7 +83,7 @@ def test_nan_and_infinity_pass_through():
 
 def test_wrong_arguments():
     x, weight = torch.ones(2, 3), torch.ones(4, 3)
-    with pytest.raises(TypeError, match="linear: weight must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"linear: weight must be a torch.Tensor, got list"):
         linear(x, [[1.0]])
     with pytest.raises(ValueError, match=r"linear: weight must have shape .*got \(4, 2\)"):
         linear(x, weight[:, :2])
@@ -91,7 +91,7 @@ def test_wrong_arguments():
         linear(x, weight.bfloat16())
     with pytest.raises(ValueError, match=r"linear: bias must have shape .*got \(3,\)"):
         linear(x, weight, torch.ones(3))
-    with pytest.raises(ValueError, match="linear: x must be float32, .* got int64"):
+    with pytest.raises(ValueError, match=r"linear: x must be float32, .* got int64"):
         linear(x.long(), weight.long())
     with pytest.raises(ValueError, match=r"linear: x must have shape \(..., inputs\)"):
         linear(torch.ones(()), weight)

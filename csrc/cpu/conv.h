@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "../params.h"
 #include "parallel.h"
@@ -27,62 +28,95 @@ class Conv {
         weight_(zeros<A>((p.K + 2) * kConvChannels)),
         bias_(weight_.get() + p.K * kConvChannels),
         result_(bias_ + kConvChannels),
-        past_(scratch<T>((p.K - 1) * kConvChannels)),
+        past_(scratch<T>(p.K * kConvChannels)),
         taps_(scratch<const T*>(p.K)) {}
 
-  void tile(int64_t b, int64_t first_row, int64_t first_channel) {
-    channel_ = first_channel;
-    channels_ = std::min(kConvChannels, p_.C - first_channel);
-    const int64_t end = std::min(first_row + kConvRows, p_.L);
-    if (first_row < end) load_weights();
-    if (first_row < std::min(p_.K - 1, end)) load_past(b);
-    for (int64_t l = first_row; l < end; ++l) {
-      for (int64_t k = 0; k < p_.K; ++k) taps_[k] = row(b, l - (p_.K - 1) + k);
-      convolve();
-      if (p_.activation == ConvActivation::silu) transform(result_, channels_, [](Vec<A> v) { return vec_silu(v); });
-      narrow(result_, channels_, p_.y.template at<Y>(b, l) + channel_);
+  // Rows [begin, end) of channels [first, first + count) to `y`, `ld` elements a row. `with_state`: these rows' item
+  // also stores the final state, if row 0 is among them.
+  void run(int64_t b, int64_t begin, int64_t end, int64_t first, int64_t count, Y* y, int64_t ld, bool with_state) {
+    for (int64_t c = 0; c < count; c += kConvChannels) {
+      channel_ = first + c;
+      channels_ = std::min(kConvChannels, count - c);
+      tile(b, begin, end, y + c, ld);
+      if (with_state && begin == 0 && p_.final_state) with_taps([&](auto K) { store_state(b, K); });
     }
-    if (first_row == 0 && p_.final_state) store_state(b);
   }
 
  private:
+  void tile(int64_t b, int64_t begin, int64_t end, Y* y, int64_t ld) {
+    with_taps([&](auto K) {
+      if (begin < end) load_weights(K);
+      if (begin < std::min(K - 1, end)) load_past(b, K);
+      for (int64_t l = begin; l < end; ++l) {
+        for (int64_t k = 0; k < K; ++k) taps_[k] = row(b, l - (K - 1) + k);
+        convolve(K);
+        narrow(result_, channels_, y + (l - begin) * ld);
+      }
+    });
+  }
+
+  // f(K); the usual number of taps is a constant there, so that loops over it disappear.
+  template <class F>
+  void with_taps(const F& f) {
+    if (p_.K == 4)
+      f(std::integral_constant<int64_t, 4>());
+    else
+      f(p_.K);
+  }
+
+  // f(k, c, from), where from[k] is the element of channel c: `columns` has a row of K elements for each channel.
+  // Rows that follow one another directly become one loop that the compiler can turn into vectors.
+  template <class Count, class Element, class F>
+  void for_columns(Element* columns, int64_t stride, Count K, const F& f) {
+    if (stride == K)
+      for (int64_t c = 0; c < channels_; ++c)
+        for (int64_t k = 0; k < K; ++k) f(k, c, columns[c * K + k]);
+    else
+      for (int64_t c = 0; c < channels_; ++c)
+        for (int64_t k = 0; k < K; ++k) f(k, c, columns[c * stride + k]);
+  }
+
   // Transposed, so that the channels of one tap are contiguous.
-  void load_weights() {
-    for (int64_t c = 0; c < channels_; ++c) {
-      const T* w = p_.weight.template at<const T>(channel_ + c);
-      for (int64_t k = 0; k < p_.K; ++k) weight_[k * kConvChannels + c] = A(w[k]);
-      bias_[c] = p_.bias ? A(p_.bias.template at<const T>()[channel_ + c]) : A(0);
+  template <class Count>
+  void load_weights(Count K) {
+    A* const __restrict weight = weight_.get();
+    for_columns(p_.weight.template at<const T>(channel_), p_.weight.stride[0], K,
+                [=](int64_t k, int64_t c, const T& w) { weight[k * kConvChannels + c] = A(w); });
+    if (p_.bias) {
+      const T* bias = p_.bias.template at<const T>() + channel_;
+      for (int64_t c = 0; c < channels_; ++c) bias_[c] = A(bias[c]);
     }
   }
 
-  const T* state(int64_t b, int64_t c) const {
-    return p_.initial_state ? p_.initial_state.template at<const T>(b, channel_ + c) : nullptr;
+  // The K rows before the block, from the state.
+  template <class Count>
+  void load_past(int64_t b, Count K) {
+    T* const __restrict past = past_.get();
+    if (p_.initial_state)
+      for_columns(p_.initial_state.template at<const T>(b, channel_), p_.initial_state.stride[1], K,
+                  [=](int64_t k, int64_t c, const T& x) { past[k * kConvChannels + c] = x; });
+    else
+      std::fill_n(past, K * kConvChannels, T(0.0f));
   }
 
-  // The K - 1 rows before the block, from the state's last columns.
-  void load_past(int64_t b) {
-    for (int64_t c = 0; c < channels_; ++c) {
-      const T* columns = state(b, c);
-      for (int64_t k = 1; k < p_.K; ++k) past_[(k - 1) * kConvChannels + c] = columns ? columns[k] : T(0.0f);
-    }
-  }
-
-  // Row l >= -(K - 1) of the sequence that starts with the state.
+  // Row l >= -K of the sequence that starts with the state.
   const T* row(int64_t b, int64_t l) const {
-    return l >= 0 ? p_.x.template at<const T>(b, l) + channel_ : past_.get() + (p_.K - 1 + l) * kConvChannels;
+    return l >= 0 ? p_.x.template at<const T>(b, l) + channel_ : past_.get() + (p_.K + l) * kConvChannels;
   }
 
   // One row of the tile, a vector of channels at a time.
-  void convolve() {
+  template <class Count>
+  void convolve(Count K) {
     constexpr int64_t kStep = kLanes<A>;
     const A *const weight = weight_.get(), *const bias = bias_;
     const T* const* const taps = taps_.get();
     A* const result = result_;
-    const int64_t K = p_.K, n = channels_;
+    const int64_t n = channels_;
+    const bool silu = p_.activation == ConvActivation::silu;
     const auto sum = [=](int64_t c, auto&& tap) {
       Vec<A> v = load(bias + c);
       for (int64_t k = 0; k < K; ++k) v = multiply_add(load(weight + k * kConvChannels + c), tap(taps[k] + c), v);
-      store(result + c, v);  // scratch rows are whole vectors long
+      store(result + c, silu ? vec_silu(v) : v);  // scratch rows are whole vectors long
     };
     int64_t c = 0;
     for (; c + kStep <= n; c += kStep) sum(c, [](const T* x) { return load(x); });
@@ -90,16 +124,24 @@ class Conv {
   }
 
   // The last K raw rows, oldest first; in a block shorter than that the oldest come from the initial state.
-  void store_state(int64_t b) {
+  template <class Count>
+  void store_state(int64_t b, Count K) {
+    T* const out = p_.final_state.template at<T>(b, channel_);
+    const int64_t stride = p_.final_state.stride[1];
+    if (p_.L >= K) {
+      const T* const __restrict x = p_.x.template at<const T>(b, p_.L - K) + channel_;
+      const int64_t ld = p_.x.stride[1];
+      for_columns(out, stride, K, [=](int64_t k, int64_t c, T& to) { to = x[k * ld + c]; });
+      return;
+    }
     for (int64_t c = 0; c < channels_; ++c) {
-      const T* columns = state(b, c);
-      T* out = p_.final_state.template at<T>(b, channel_ + c);
-      for (int64_t k = 0; k < p_.K; ++k) {
-        const int64_t l = p_.L - p_.K + k;
+      const T* columns = p_.initial_state ? p_.initial_state.template at<const T>(b, channel_ + c) : nullptr;
+      for (int64_t k = 0; k < K; ++k) {
+        const int64_t l = p_.L - K + k;
         if (l >= 0)
-          out[k] = p_.x.template at<const T>(b, l)[channel_ + c];
+          out[c * stride + k] = p_.x.template at<const T>(b, l)[channel_ + c];
         else
-          out[k] = columns ? columns[p_.L + k] : T(0.0f);
+          out[c * stride + k] = columns ? columns[p_.L + k] : T(0.0f);
       }
     }
   }
@@ -108,24 +150,10 @@ class Conv {
   Scratch<A> weight_;  // [K, kConvChannels], then bias and result
   A* bias_;
   A* result_;
-  Scratch<T> past_;         // [K - 1, kConvChannels]
+  Scratch<T> past_;         // [K, kConvChannels]
   Scratch<const T*> taps_;  // [K]
   int64_t channel_ = 0, channels_ = 0;
 };
-
-template <class T, class Y>
-void conv(const ConvParams& p) {
-  const int64_t row_tiles = std::max<int64_t>(1, (p.L + kConvRows - 1) / kConvRows);
-  const int64_t channel_tiles = (p.C + kConvChannels - 1) / kConvChannels;
-  const int64_t grain = p.L >= kConvRows ? 1 : kConvRows / (p.L + 1);
-  parallel_for(p.B * row_tiles * channel_tiles, grain, [&](int64_t begin, int64_t end) {
-    Conv<T, Y> conv(p);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t tile = i / channel_tiles;
-      conv.tile(tile / row_tiles, tile % row_tiles * kConvRows, i % channel_tiles * kConvChannels);
-    }
-  });
-}
 
 }  // namespace
 }  // namespace twotower::cpu

@@ -1,160 +1,110 @@
-// ssd_scan and mamba_block: the Mamba-2 recurrence row by row, in the accumulator dtype.
-//
-// The recurrence itself is computed, never its chunked form: no chunk size, length or split of a sequence changes the
-// result, and no decay is ever the quotient of two others. Heads and slices of the head dimension run in parallel.
-#include <algorithm>
-#include <cmath>
+// ssd_scan and mamba_block: the Mamba-2 recurrence, a chunk of rows at a time. Work is shared out by groups, by heads
+// or by slices of the head dimension; every number is computed the same way in all of them.
+#include "ssd.h"
 
 #include "../dispatch.h"
 #include "conv.h"
-#include "gemm.h"
-#include "math.h"
-#include "scratch.h"
 
 namespace twotower::cpu {
 namespace {
 
-constexpr int64_t kTime = 32;           // rows whose B, C, x stay in the cache while all state rows pass over them
-constexpr int64_t kState = 4;           // state rows that share the loads of B and C
-constexpr int64_t kSlice = 16;          // head dimensions of a work item when there are few heads
 constexpr int64_t kScanWork = 1 << 17;  // multiplications a thread takes at least
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
+// f(begin, end) for the chunks of L rows; once, without rows, if there are none: the state is handed on. Chunks also
+// end after every `states_every` rows, if that is not 0.
+template <class F>
+void for_chunks(int64_t L, int64_t states_every, const F& f) {
+  int64_t begin = 0;
+  do {
+    int64_t end = std::min(begin + kChunk, L);
+    if (states_every > 0) end = std::min(end, begin + (states_every - begin % states_every));
+    f(begin, end);
+    begin = end;
+  } while (begin < L);
 }
 
-// s <- decay s + inflow B and y = C.s for kState rows s of `width` elements, a multiple of the vector length.
-template <class A>
-void advance(A* s, int64_t width, const A* keys, const A* queries, A decay, const A* inflow, A* y) {
-  Vec<A> sum[kState] = {}, flow[kState];
-  for (int64_t r = 0; r < kState; ++r) flow[r] = splat(inflow[r]);
-  const Vec<A> kept = splat(decay);
-  for (int64_t n = 0; n < width; n += kLanes<A>) {
-    const Vec<A> key = load(keys + n), query = load(queries + n);
-    for (int64_t r = 0; r < kState; ++r) {
-      const Vec<A> state = multiply_add(load(s + r * width + n), kept, flow[r] * key);
-      store(s + r * width + n, state);
-      sum[r] = multiply_add(state, query, sum[r]);
-    }
+// f(i / size, first, last) for the runs of [begin, end) that stay between two multiples of `size`.
+template <class F>
+void for_runs(int64_t begin, int64_t end, int64_t size, const F& f) {
+  while (begin < end) {
+    const int64_t first = begin % size, last = std::min(size, first + end - begin);
+    f(begin / size, first, last);
+    begin += last - first;
   }
-  for (int64_t r = 0; r < kState; ++r) y[r] = sum_lanes<A>(sum[r]);
 }
 
-// Runs work items: one head, all rows, some of the head dimensions. Dt is the storage type of dt, T that of the others.
-template <class T, class Dt>
+template <class A>
+A head_value(const Rows<0>& values, int64_t h) {
+  return values ? values.at<const A>()[h] : A(0);
+}
+
+// Runs work items of ssd_scan. Heads are cut into slices of `slice` columns.
+template <class T>
 class Scan {
   using A = acc_t<T>;
 
  public:
   Scan(const ScanParams& p, int64_t slice)
       : p_(p),
-        width_(round_up(p.N, kLanes<A>)),
-        columns_(round_up(slice, kState)),
-        keys_(zeros<A>(kTime * width_)),  // zero, because what pads a row is multiplied and summed too
-        queries_(zeros<A>(kTime * width_)),
-        block_(zeros<A>(kState * width_)),
-        x_(zeros<A>(kTime * columns_)),
-        y_(zeros<A>(kTime * columns_)),
-        own_state_(p.final_state || p.L <= kTime ? nullptr : scratch<A>(slice * p.N)) {}
+        slice_(slice),
+        ld_(round_up(slice, kChunk)),
+        chunk_(p.N),
+        x_(zeros<A>(kChunk * ld_)),
+        y_(scratch<A>(kChunk * ld_)) {}
 
-  void item(int64_t b, int64_t h, int64_t first, int64_t count) {
-    b_ = b;
-    h_ = h;
-    first_ = first;
-    count_ = count;
-    state_ = p_.final_state ? p_.final_state.template at<A>(b, h, first) : own_state_.get();
-    int64_t begin = 0;
-    do {  // also without rows: the state is handed on
-      const int64_t end = std::min(begin + kTime, p_.L);
-      load_rows(begin, end);
-      for (int64_t i = 0; i < count; i += kState) pass(i, begin, end);
-      store_rows(begin, end);
-      begin = end;
-    } while (begin < p_.L);
+  // Slices [first, last) of group g, counted through its heads.
+  void items(int64_t b, int64_t g, int64_t first, int64_t last) {
+    const int64_t slices = (p_.P + slice_ - 1) / slice_;
+    for_chunks(p_.L, p_.states_every, [&](int64_t begin, int64_t end) {
+      for (int64_t l = begin; l < end; ++l) {
+        convert(p_.Bm.template at<const T>(b, l, g), p_.N, chunk_.keys(l - begin));
+        convert(p_.Cm.template at<const T>(b, l, g), p_.N, chunk_.queries(l - begin));
+      }
+      chunk_.start(end - begin);
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t column = i % slices * slice_;
+        head(b, g * (p_.H / p_.G) + i / slices, column, std::min(slice_, p_.P - column), begin, end);
+      }
+    });
   }
 
  private:
-  void load_rows(int64_t begin, int64_t end) {
-    const int64_t group = h_ / (p_.H / p_.G);
-    const A rate = -std::exp(p_.A_log.template at<const A>()[h_]);
-    const A bias = p_.dt_bias ? p_.dt_bias.template at<const A>()[h_] : A(0);
+  // Columns [first, first + count) of head h, rows [begin, end).
+  void head(int64_t b, int64_t h, int64_t first, int64_t count, int64_t begin, int64_t end) {
+    A raw[kChunk] = {};
     for (int64_t l = begin; l < end; ++l) {
-      const int64_t t = l - begin;
-      step_[t] = softplus(A(p_.dt.template at<const Dt>(b_, l)[h_]) + bias);
-      decay_[t] = std::exp(rate * step_[t]);
-      convert(p_.Bm.template at<const T>(b_, l, group), p_.N, &keys_[t * width_]);
-      convert(p_.Cm.template at<const T>(b_, l, group), p_.N, &queries_[t * width_]);
-      convert(p_.x.template at<const T>(b_, l, h_) + first_, count_, &x_[t * columns_]);
+      raw[l - begin] = A(p_.dt.template at<const T>(b, l)[h]);
+      convert(p_.x.template at<const T>(b, l, h) + first, count, &x_[(l - begin) * ld_]);
     }
-  }
-
-  // State rows [i, i + kState) through the rows [begin, end) of the sequence.
-  void pass(int64_t i, int64_t begin, int64_t end) {
-    const int64_t rows = std::min(kState, count_ - i);  // what lies beyond count_ is computed and dropped
-    for (int64_t r = 0; r < rows; ++r) {
-      if (begin > 0)
-        std::copy_n(state_ + (i + r) * p_.N, p_.N, &block_[r * width_]);
-      else if (p_.initial_state)
-        std::copy_n(p_.initial_state.template at<const A>(b_, h_, first_ + i + r), p_.N, &block_[r * width_]);
-      else
-        std::fill_n(&block_[r * width_], p_.N, A(0));
-    }
-    for (int64_t l = begin; l < end; ++l) {
-      const int64_t t = l - begin;
-      A inflow[kState];
-      for (int64_t r = 0; r < kState; ++r) inflow[r] = step_[t] * x_[t * columns_ + i + r];
-      advance(block_.get(), width_, &keys_[t * width_], &queries_[t * width_], decay_[t], inflow,
-              &y_[t * columns_ + i]);
-      if (p_.states_every > 0 && ((l + 1) % p_.states_every == 0 || l + 1 == p_.L))
-        store_state(rows, p_.states.template at<A>(b_, l / p_.states_every, h_, first_ + i));
-    }
-    if (state_) store_state(rows, state_ + i * p_.N);
-  }
-
-  void store_state(int64_t rows, A* to) {
-    for (int64_t r = 0; r < rows; ++r) std::copy_n(&block_[r * width_], p_.N, to + r * p_.N);
-  }
-
-  void store_rows(int64_t begin, int64_t end) {
-    for (int64_t l = begin; l < end; ++l) {
-      A* y = &y_[(l - begin) * columns_];
-      const A* x = &x_[(l - begin) * columns_];
-      if (p_.D) {
-        const A skip = p_.D.template at<const A>()[h_];
-        for (int64_t i = 0; i < count_; ++i) y[i] += skip * x[i];
-      }
-      narrow(y, count_, p_.y.template at<T>(b_, l, h_) + first_);
-    }
+    chunk_.steps(raw, head_value<A>(p_.dt_bias, h), head_value<A>(p_.A_log, h), head_value<A>(p_.D, h));
+    A* const state = p_.final_state.template at<A>(b, h, first);
+    if (begin > 0)
+      chunk_.columns(x_.get(), ld_, y_.get(), ld_, count, state, p_.N, state);
+    else
+      chunk_.columns(x_.get(), ld_, y_.get(), ld_, count,
+                     p_.initial_state ? p_.initial_state.template at<const A>(b, h, first) : nullptr,
+                     p_.initial_state.stride[2], state);
+    for (int64_t l = begin; l < end; ++l) narrow(&y_[(l - begin) * ld_], count, p_.y.template at<T>(b, l, h) + first);
+    if (p_.states_every > 0 && end > begin && (end % p_.states_every == 0 || end == p_.L))
+      std::copy_n(state, count * p_.N, p_.states.template at<A>(b, (end - 1) / p_.states_every, h, first));
   }
 
   const ScanParams& p_;
-  const int64_t width_, columns_;  // of a state row and of an x row, padded
-  Scratch<A> keys_, queries_, block_, x_, y_, own_state_;
-  A step_[kTime], decay_[kTime];
-  int64_t b_ = 0, h_ = 0, first_ = 0, count_ = 0;
-  A* state_ = nullptr;  // [count_, N], contiguous; null where nobody asks for the state again
+  const int64_t slice_, ld_;
+  Chunk<A> chunk_;
+  Scratch<A> x_, y_;  // [kChunk, ld_]
 };
 
-// final_state may be absent: the initial state is then only read.
-template <class T, class Dt>
+template <class T>
 void scan(const ScanParams& p) {
-  const int64_t slice = p.B * p.H >= 4 * num_threads() ? p.P : std::min(p.P, kSlice);
+  const int64_t slice = p.B * p.H >= 4 * num_threads() ? p.P : std::min(p.P, kChunk);
   const int64_t slices = (p.P + slice - 1) / slice;
   const int64_t grain = kScanWork / ((p.L + 1) * slice * (p.N + 1));
   parallel_for(p.B * p.H * slices, grain, [&](int64_t begin, int64_t end) {
-    Scan<T, Dt> scan(p, slice);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i / slices, first = i % slices * slice;
-      scan.item(head / p.H, head % p.H, first, std::min(slice, p.P - first));
-    }
+    Scan<T> scan(p, slice);
+    for_runs(begin, end, p.H / p.G * slices,
+             [&](int64_t group, int64_t first, int64_t last) { scan.items(group / p.G, group % p.G, first, last); });
   });
-}
-
-// Columns from `first` on; of no rows at all there is no address.
-template <class T>
-Rows<2> columns_from(Rows<2> rows, int64_t first) {
-  if (rows) rows.data = static_cast<T*>(rows.data) + first;
-  return rows;
 }
 
 // out = weight v / rms(v) over one group of one row, v = y silu(z); y is overwritten.
@@ -177,53 +127,123 @@ void gated_norm(acc_t<T>* __restrict y, const T* z, const T* weight, int64_t n, 
   for (i = 0; i < n; ++i) out[i] = T(A(weight[i]) * (y[i] * inverse));
 }
 
+// Runs work items of mamba_block: some heads of a group from the convolution to the gated norm, or to where that
+// starts.
+template <class T>
+class Mixer {
+  using A = acc_t<T>;
+
+ public:
+  Mixer(const MambaBlockParams& p, const ConvParams& conv)
+      : p_(p),
+        ld_(p.H / p.G * p.P + kChunk),
+        conv_(conv),
+        chunk_(p.N),
+        x_(zeros<A>(kChunk * ld_)),
+        y_(scratch<A>(kChunk * ld_)),
+        state_(p.new_ssm_state || p.L <= kChunk ? nullptr : scratch<A>(p.H / p.G * p.P * p.N)) {}
+
+  // All heads of group g, normed.
+  void group(int64_t b, int64_t g) {
+    const int64_t heads = p_.H / p_.G;
+    for_chunks(p_.L, 0, [&](int64_t begin, int64_t end) {
+      heads_of(b, g, 0, heads, begin, end, y_.get(), ld_);
+      for (int64_t l = begin; l < end; ++l) norm(p_, b, l, g, &y_[(l - begin) * ld_]);
+    });
+  }
+
+  // Heads [first, last) of group g; y [b, l, h, p] is left to be normed.
+  void heads(int64_t b, int64_t g, int64_t first, int64_t last, A* y) {
+    const int64_t d_inner = p_.H * p_.P, column = (g * (p_.H / p_.G) + first) * p_.P;
+    for_chunks(p_.L, 0, [&](int64_t begin, int64_t end) {
+      heads_of(b, g, first, last, begin, end, y + (b * p_.L + begin) * d_inner + column, d_inner);
+    });
+  }
+
+  // Norms group g of row l, whose elements y are overwritten.
+  static void norm(const MambaBlockParams& p, int64_t b, int64_t l, int64_t g, A* y) {
+    const int64_t width = p.H / p.G * p.P, first = g * width;
+    gated_norm(y, p.zxbcdt.template at<const T>(b, l) + first, p.norm_weight.template at<const T>() + first, width,
+               p.eps, p.out.template at<T>(b, l) + first);
+  }
+
+ private:
+  void heads_of(int64_t b, int64_t g, int64_t first, int64_t last, int64_t begin, int64_t end, A* y, int64_t ldy) {
+    const int64_t d_inner = p_.H * p_.P, maps = p_.G * p_.N, head = g * (p_.H / p_.G);
+    conv_.run(b, begin, end, (head + first) * p_.P, (last - first) * p_.P, x_.get(), ld_, true);
+    conv_.run(b, begin, end, d_inner + g * p_.N, p_.N, chunk_.keys(0), chunk_.width(), first == 0);
+    conv_.run(b, begin, end, d_inner + maps + g * p_.N, p_.N, chunk_.queries(0), chunk_.width(), first == 0);
+    chunk_.start(end - begin);
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t h = head + i;
+      A raw[kChunk] = {};
+      for (int64_t l = begin; l < end; ++l)
+        raw[l - begin] = A(p_.zxbcdt.template at<const T>(b, l)[2 * (d_inner + maps) + h]);
+      chunk_.steps(raw, head_value<A>(p_.dt_bias, h), head_value<A>(p_.A_log, h), head_value<A>(p_.D, h));
+      A* const kept = p_.new_ssm_state ? p_.new_ssm_state.template at<A>(b, h, 0)
+                      : state_         ? &state_[i * p_.P * p_.N]
+                                       : nullptr;
+      A* const to = p_.new_ssm_state || end < p_.L ? kept : nullptr;
+      const A* const x = &x_[(i - first) * p_.P];
+      A* const out = y + (i - first) * p_.P;
+      if (begin > 0)
+        chunk_.columns(x, ld_, out, ldy, p_.P, kept, p_.N, to);
+      else
+        chunk_.columns(x, ld_, out, ldy, p_.P, p_.ssm_state ? p_.ssm_state.template at<const A>(b, h, 0) : nullptr,
+                       p_.ssm_state.stride[2], to);
+    }
+  }
+
+  const MambaBlockParams& p_;
+  const int64_t ld_;
+  Conv<T, A> conv_;
+  Chunk<A> chunk_;
+  Scratch<A> x_, y_;  // [kChunk, ld_]
+  Scratch<A> state_;  // of one group's heads, where nobody asks for the state but later chunks
+};
+
+// Columns from `first` on; of no rows at all there is no address.
+template <class T>
+Rows<2> columns_from(Rows<2> rows, int64_t first) {
+  if (rows) rows.data = static_cast<T*>(rows.data) + first;
+  return rows;
+}
+
 template <class T>
 void mamba(const MambaBlockParams& p) {
   using A = acc_t<T>;
-  const int64_t d_inner = p.H * p.P, maps = p.G * p.N, channels = d_inner + 2 * maps;
-  const auto xBC = scratch<A>(p.B * p.L * channels);
+  const int64_t d_inner = p.H * p.P, heads = p.H / p.G;
+  const ConvParams conv{.dtype = p.dtype,
+                        .activation = ConvActivation::silu,
+                        .B = p.B,
+                        .L = p.L,
+                        .C = d_inner + 2 * p.G * p.N,
+                        .K = p.K,
+                        .x = columns_from<T>(p.zxbcdt, d_inner),
+                        .weight = p.conv_weight,
+                        .bias = p.conv_bias,
+                        .initial_state = p.conv_state,
+                        .y = {},
+                        .final_state = p.new_conv_state};
+  const int64_t grain = kScanWork / ((p.L + 1) * p.P * (p.N + 1));
+  if (p.B * p.G >= num_threads()) {
+    parallel_for(p.B * p.G, grain / heads, [&](int64_t begin, int64_t end) {
+      Mixer<T> mixer(p, conv);
+      for (int64_t i = begin; i < end; ++i) mixer.group(i / p.G, i % p.G);
+    });
+    return;
+  }
   const auto y = scratch<A>(p.B * p.L * d_inner);
-  const auto part = [&](int64_t first, int64_t inner) {
-    return Rows<3>{xBC.get() + first, {p.L * channels, channels, inner}};
-  };
-  conv<T, A>({.dtype = p.dtype,
-              .activation = ConvActivation::silu,
-              .B = p.B,
-              .L = p.L,
-              .C = channels,
-              .K = p.K,
-              .x = columns_from<T>(p.zxbcdt, d_inner),
-              .weight = p.conv_weight,
-              .bias = p.conv_bias,
-              .initial_state = p.conv_state,
-              .y = {xBC.get(), {p.L * channels, channels}},
-              .final_state = p.new_conv_state});
-  scan<A, T>({.dtype = acc_dtype(p.dtype),
-              .B = p.B,
-              .L = p.L,
-              .H = p.H,
-              .P = p.P,
-              .G = p.G,
-              .N = p.N,
-              .chunk_size = 0,
-              .states_every = 0,
-              .x = part(0, p.P),
-              .dt = columns_from<T>(p.zxbcdt, d_inner + channels),
-              .Bm = part(d_inner, p.N),
-              .Cm = part(d_inner + maps, p.N),
-              .A_log = p.A_log,
-              .D = p.D,
-              .dt_bias = p.dt_bias,
-              .initial_state = p.ssm_state,
-              .y = {y.get(), {p.L * d_inner, d_inner, p.P}},
-              .final_state = p.new_ssm_state,
-              .states = {}});
-  const int64_t group = d_inner / p.G;
-  parallel_for(p.B * p.L * p.G, kScanWork / group, [&](int64_t begin, int64_t end) {
+  parallel_for(p.B * p.H, grain, [&](int64_t begin, int64_t end) {
+    Mixer<T> mixer(p, conv);
+    for_runs(begin, end, heads, [&](int64_t group, int64_t first, int64_t last) {
+      mixer.heads(group / p.G, group % p.G, first, last, y.get());
+    });
+  });
+  parallel_for(p.B * p.L * p.G, kScanWork / (heads * p.P), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / p.G, first = i % p.G * group;
-      gated_norm(y.get() + row * d_inner + first, p.zxbcdt.at<const T>(row / p.L, row % p.L) + first,
-                 p.norm_weight.at<const T>() + first, group, p.eps, p.out.at<T>(row / p.L, row % p.L) + first);
+      const int64_t row = i / p.G, g = i % p.G;
+      Mixer<T>::norm(p, row / p.L, row % p.L, g, y.get() + row * d_inner + g * heads * p.P);
     }
   });
 }
@@ -234,7 +254,7 @@ void mamba(const MambaBlockParams& p) {
 namespace twotower::cpu::TWOTOWER_ISA {
 
 void ssd_scan(const ScanParams& p) {
-  dispatch_floating(p.dtype, [&]<class T>(std::type_identity<T>) { scan<T, T>(p); });
+  dispatch_floating(p.dtype, [&]<class T>(std::type_identity<T>) { scan<T>(p); });
 }
 
 void mamba_block(const MambaBlockParams& p) {

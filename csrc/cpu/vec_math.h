@@ -10,9 +10,12 @@
 namespace twotower::cpu {
 namespace {  // compiled into every object that uses it, for that object's instruction set
 
-// Reassociation stops here: needed where multiply_add is no instruction of its own.
+// Reassociation stops here: needed where multiply_add is no instruction of its own, and only done there, because GCC
+// takes the barrier of a vector apart.
 inline Vec<float> as_written(Vec<float> v) {
-#if __has_builtin(__builtin_assoc_barrier)
+#if defined(__FMA__)
+  return v;
+#elif __has_builtin(__builtin_assoc_barrier)
   return __builtin_assoc_barrier(v);
 #elif __has_builtin(__arithmetic_fence)
   return __arithmetic_fence(v);

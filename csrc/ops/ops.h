@@ -45,9 +45,9 @@ void denoise_commit(Face&, View logits, View block, View step, View seed, View o
 void lm_head_commit(Face&, View hidden, View weight, View block, View step, View seed, View offset,
                     const CommitSettings&);
 
-// Private: the model's projections on CPU (y = x weight^T + bias, a row as if it were alone), the benchmarks' ceiling (the sum
-// of all values, which takes as long as reading them). 0 y; 0 sum
+// Private. 0 y: the model's projections on CPU, x weight^T + bias, a row as if it were alone.
 void linear(Face&, View x, View weight, View bias);
+// Private, the benchmarks' ceiling. 0 sum: of all values, which takes as long as reading them.
 void stream_read(Face&, View buffer);
 
 }  // namespace twotower::ops
