@@ -73,10 +73,23 @@ VecOf<float, 4>::type four_lanes(typename VecOf<float, kCount>::type v) {
   }
 }
 
+#if defined(__SSE3__)
+// In each quarter of four lanes: a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3].
+inline Vec<float> add_neighbours(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_shuffle_ps(a, b, 0x88) + _mm512_shuffle_ps(a, b, 0xdd);
+#elif defined(__AVX__)
+  return _mm256_hadd_ps(a, b);
+#else
+  return _mm_hadd_ps(a, b);
+#endif
+}
+#endif
+
 // to[j] = the sum of v[j]'s lanes.
 inline void sum_lanes_of_four(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, float (&to)[4]) {
 #if defined(__SSE3__)
-  _mm_storeu_ps(to, _mm_hadd_ps(_mm_hadd_ps(four_lanes(a), four_lanes(b)), _mm_hadd_ps(four_lanes(c), four_lanes(d))));
+  _mm_storeu_ps(to, four_lanes(add_neighbours(add_neighbours(a, b), add_neighbours(c, d))));
 #else
   to[0] = sum_lanes<float>(a), to[1] = sum_lanes<float>(b), to[2] = sum_lanes<float>(c), to[3] = sum_lanes<float>(d);
 #endif
@@ -86,12 +99,15 @@ inline void sum_lanes_of_four(Vec<double> a, Vec<double> b, Vec<double> c, Vec<d
   to[3] = sum_lanes<double>(d);
 }
 
-// Rows of W that memory shall bring while a tile is computed, `stride` elements apart.
+// What memory shall bring to the second-level cache while a tile is computed: as many elements of W as the tile reads,
+// `groups` times, `stride` elements apart. Processors drop such requests when they are busy, so everything is asked for
+// several times: kAheadGroups register tiles before its own, and again at each one in between.
+constexpr int kAheadGroups = 4;
 template <class T>
 struct Ahead {
-  const T* rows;
+  const T* first;
   int64_t stride;
-  int count;
+  int groups;
 };
 
 // kRows x kGemmColumns elements of the result. Each is the sum over k in one fixed order (by lanes, then across lanes),
@@ -103,6 +119,8 @@ void register_tile(const Operand* const* a, const T* const (&w)[kGemmColumns], i
   using OfA = Elements<Operand, T>;
   using OfW = Elements<T, Operand>;
   constexpr int64_t kStep = OfW::kStep;
+  constexpr int64_t kLine = 64 / sizeof(T);  // elements of a cache line
+  constexpr int kLines = std::max<int>(1, kGemmColumns * kStep / kLine);
   Vec<A> sum[kRows][kGemmColumns] = {};
   const auto accumulate = [&](const auto& load_a, const auto& load_w) TWOTOWER_INLINE {
     decltype(load_w(0)) wv[kGemmColumns];
@@ -114,7 +132,10 @@ void register_tile(const Operand* const* a, const T* const (&w)[kGemmColumns], i
   };
   int64_t at = 0;
   for (; at + kStep <= k; at += kStep) {
-    for (int j = 0; j < ahead.count; ++j) __builtin_prefetch(ahead.rows + j * ahead.stride + at);
+    for (int g = 0; g < ahead.groups; ++g)
+      unrolled<kLines>([&](auto line) TWOTOWER_INLINE {
+        __builtin_prefetch(ahead.first + g * ahead.stride + kGemmColumns * at + line * kLine, 0, 2);
+      });
     accumulate([&](int i) TWOTOWER_INLINE { return OfA::whole(a[i] + at); },
                [&](int j) TWOTOWER_INLINE { return OfW::whole(w[j] + at); });
   }
@@ -124,7 +145,10 @@ void register_tile(const Operand* const* a, const T* const (&w)[kGemmColumns], i
   unrolled<kRows>([&](auto i) TWOTOWER_INLINE {
     A row[kGemmColumns];
     sum_lanes_of_four(sum[i][0], sum[i][1], sum[i][2], sum[i][3], row);
-    std::copy_n(row, columns, c + i * ldc);
+    if (columns == kGemmColumns)
+      std::memcpy(c + i * ldc, row, sizeof row);
+    else
+      std::copy_n(row, columns, c + i * ldc);
   });
 }
 
@@ -137,16 +161,16 @@ void register_tile_of(int64_t rows, const Operand* const* a, const T* const (&w)
   register_tile<kRows>(a, w, k, c, ldc, columns, ahead);
 }
 
-// The register tiles of m rows of A, as equal as can be; together they read `ahead`.
+// The register tiles of m rows of A, as equal as can be; together they ask for the rows of W that come next.
 template <class Operand, class T>
 void register_tiles(const Operand* const* a, int64_t m, const T* const (&w)[kGemmColumns], int64_t k, acc_t<T>* c,
-                    int64_t ldc, int64_t columns, Ahead<T> ahead) {
+                    int64_t ldc, int64_t columns, const std::type_identity_t<T>* next, int64_t stride) {
+  int groups_left = next ? kAheadGroups : 0;  // the farthest first
   for (int64_t tiles = (m + kGemmRows - 1) / kGemmRows; tiles > 0; --tiles) {
     const int64_t rows = (m + tiles - 1) / tiles;
-    const int count = static_cast<int>((ahead.count + tiles - 1) / tiles);
-    register_tile_of(rows, a, w, k, c, ldc, columns, {ahead.rows, ahead.stride, count});
-    ahead.rows += count * ahead.stride;
-    ahead.count -= count;
+    const int groups = static_cast<int>((groups_left + tiles - 1) / tiles);
+    groups_left -= groups;
+    register_tile_of(rows, a, w, k, c, ldc, columns, Ahead<T>{next + groups_left * stride, stride, groups});
     m -= rows;
     a += rows;
     c += rows * ldc;
@@ -164,11 +188,15 @@ void convert(const T* from, int64_t n, acc_t<T>* to) {
   std::memcpy(to + i, &last, (n - i) * sizeof(acc_t<T>));
 }
 
+// Where a product finds W.
+enum class Weights { in_memory, in_cache };
+
 // c[i * ldc + j] = sum over k of a[i][k] * w[j * ldw + k], i < m, j < n. The caller keeps m rows of A and n rows of W
-// small enough for the cache; rows of W are read once.
+// small enough for the cache. From memory rows of W are read once, and what follows them is asked for as well: a caller
+// that goes on there finds it.
 template <class T>
 void product_nt(const operand_t<T>* const* a, int64_t m, const T* w, int64_t ldw, int64_t n, int64_t k, acc_t<T>* c,
-                int64_t ldc) {
+                int64_t ldc, Weights where = Weights::in_memory) {
   using A = acc_t<T>;
   // 16-bit weights that have to be converted are so on the fly for few rows of A, and once for all of them otherwise.
   const bool converted = !std::is_same_v<T, operand_t<T>> && m > kGemmRows;
@@ -183,23 +211,30 @@ void product_nt(const operand_t<T>* const* a, int64_t m, const T* w, int64_t ldw
         convert(stored[i], k, wide_weights.get() + i * k);
         wide[i] = wide_weights.get() + i * k;
       }
-      if constexpr (!std::is_same_v<T, operand_t<T>>) register_tiles(a, m, wide, k, c + j, ldc, columns, Ahead<A>{});
+      if constexpr (!std::is_same_v<T, operand_t<T>>) register_tiles(a, m, wide, k, c + j, ldc, columns, nullptr, 0);
     } else {
-      const int count = static_cast<int>(std::clamp<int64_t>(n - j - kGemmColumns, 0, kGemmColumns));
-      register_tiles(a, m, stored, k, c + j, ldc, columns, Ahead<T>{w + (j + kGemmColumns) * ldw, ldw, count});
+      const T* next = where == Weights::in_memory ? w + (j + kGemmColumns) * ldw : nullptr;
+      register_tiles(a, m, stored, k, c + j, ldc, columns, next, kGemmColumns * ldw);
     }
   }
 }
 
-// A row stored as O: itself, or a copy in `scratch` of `k` elements.
+// Elements from one row of A to the next: an odd number of cache lines, so that rows do not compete for few sets of a
+// cache, as they do at powers of two.
+template <class O>
+constexpr int64_t row_stride(int64_t k) {
+  constexpr int64_t kLine = 64 / sizeof(O);
+  return ((k + kLine - 1) / kLine | 1) * kLine;
+}
+
+// to[i] = from[i], as products take a row of A. Returns `to`.
 template <class O, class T>
-const O* row_as(const T* row, int64_t k, O* scratch) {
-  if constexpr (std::is_same_v<T, O>) {
-    return row;
-  } else {
-    convert(row, k, scratch);
-    return scratch;
-  }
+const O* lay_row(const T* from, int64_t k, O* to) {
+  if constexpr (std::is_same_v<T, O>)
+    std::copy_n(from, k, to);
+  else
+    convert(from, k, to);
+  return to;
 }
 
 }  // namespace

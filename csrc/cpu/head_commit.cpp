@@ -39,7 +39,8 @@ void lm_head_commit_of(const HeadCommitParams& p) {
   const std::vector<Position> masked = masked_positions(p.commit);
   const int64_t positions = masked.size(), tiles = (p.commit.V + kTile - 1) / kTile;
   const int64_t at_once = std::min(positions, kPositions);
-  const auto wide = scratch<O>(std::is_same_v<T, O> ? 0 : at_once * p.D);
+  const int64_t stride = row_stride<O>(p.D);
+  const auto rows = scratch<O>(at_once * stride);
   const auto hidden = scratch<const O*>(at_once);
   std::vector<Prediction<A>> scans(at_once * tiles), predictions(positions);
 
@@ -47,7 +48,7 @@ void lm_head_commit_of(const HeadCommitParams& p) {
     const int64_t count = std::min(at_once, positions - first);
     for (int64_t i = 0; i < count; ++i) {
       const Position at = masked[first + i];
-      hidden[i] = row_as<O>(p.hidden.at<const T>(at.b, at.l), p.D, wide.get() + i * p.D);
+      hidden[i] = lay_row<O>(p.hidden.at<const T>(at.b, at.l), p.D, rows.get() + i * stride);
     }
     parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t tile = begin; tile < end; ++tile)

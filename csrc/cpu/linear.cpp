@@ -15,11 +15,11 @@ template <class T>
 void linear_of(const LinearParams& p) {
   using A = acc_t<T>;
   using O = operand_t<T>;
-  const int64_t width = std::is_same_v<T, O> ? 0 : p.K;
-  const Scratch<O> wide = scratch<O>(p.M * width);
+  const int64_t stride = row_stride<O>(p.K);
+  const Scratch<O> rows = scratch<O>(p.M * stride);
   const Scratch<const O*> x = scratch<const O*>(p.M);
   parallel_for(p.M, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) x[m] = row_as<O>(p.x.at<const T>(m), p.K, wide.get() + m * width);
+    for (int64_t m = begin; m < end; ++m) x[m] = lay_row<O>(p.x.at<const T>(m), p.K, rows.get() + m * stride);
   });
   parallel_for((p.N + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
     A tile[kRows * kColumns];
@@ -28,9 +28,9 @@ void linear_of(const LinearParams& p) {
       A bias[kColumns] = {};
       if (p.bias) convert(p.bias.at<const T>() + n, columns, bias);
       for (int64_t m = 0; m < p.M; m += kRows) {
-        const int64_t rows = std::min(kRows, p.M - m);
-        product_nt(x.get() + m, rows, p.weight.at<const T>(n), p.weight.stride[0], columns, p.K, tile, kColumns);
-        for (int64_t i = 0; i < rows; ++i) {
+        const int64_t count = std::min(kRows, p.M - m);
+        product_nt(x.get() + m, count, p.weight.at<const T>(n), p.weight.stride[0], columns, p.K, tile, kColumns);
+        for (int64_t i = 0; i < count; ++i) {
           T* y = p.y.at<T>(m + i) + n;
           for (int64_t j = 0; j < columns; ++j) y[j] = T(tile[i * kColumns + j] + bias[j]);
         }

@@ -25,7 +25,7 @@ struct Visit {
   const T *up, *down;  // [width or 2 width, D], [D, width]
   int64_t width;
   int64_t first, count;  // rows of x and of out: [first, first + count) in expert order
-  operand_t<T>* h;       // [count, width]
+  operand_t<T>* h;       // [count, row_stride(width)]
 };
 
 // Work item: rows [begin, end) of a visited expert's matrix.
@@ -50,11 +50,11 @@ class Experts {
         shared_(p.shared_F > 0),
         chunk_(std::min(p.T, std::max<int64_t>(1, kPairs / std::max<int64_t>(p.k, 1)))) {
     const int64_t rows = chunk_ * (p.k + shared_);
-    if constexpr (!std::is_same_v<T, O>) wide_ = scratch<O>(chunk_ * p.D);
+    rows_ = scratch<O>(chunk_ * row_stride<O>(p.D));
     row_.resize(chunk_);
     x_.resize(rows);
     place_.resize(chunk_ * p.k);
-    h_ = scratch<O>(chunk_ * (p.k * p.F + p.shared_F));
+    h_ = scratch<O>(chunk_ * (p.k * row_stride<O>(p.F) + row_stride<O>(p.shared_F)));
     out_ = scratch<A>(rows * p.D);
   }
 
@@ -81,7 +81,7 @@ class Experts {
   void sort_by_expert() {
     parallel_for(tokens_, 16, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
-        row_[t] = row_as<O>(p_.x.at<const T>(first_token_ + t), p_.D, wide_.get() + t * p_.D);
+        row_[t] = lay_row<O>(p_.x.at<const T>(first_token_ + t), p_.D, rows_.get() + t * row_stride<O>(p_.D));
     });
     std::vector<int64_t> start(p_.E + 1);
     for (int64_t t = 0; t < tokens_; ++t)
@@ -92,7 +92,7 @@ class Experts {
     const auto visit = [&](const Rows<2>& up, const Rows<2>& down, int64_t e, int64_t width, int64_t first,
                            int64_t count) {
       visits_.push_back({up.at<const T>(e, 0), down.at<const T>(e, 0), width, first, count, h});
-      h += count * width;
+      h += count * row_stride<O>(width);
     };
     for (int64_t e = 0; e < p_.E; ++e)
       if (start[e] < start[e + 1]) visit(p_.up, p_.down, e, p_.F, start[e], start[e + 1] - start[e]);
@@ -137,7 +137,7 @@ class Experts {
       if (gated) product_nt(x, rows, v.up + (v.width + item.begin) * p_.D, p_.D, width, p_.D, second, kTile);
       for (int64_t i = 0; i < rows; ++i) {
         const A *a = first + i * kTile, *b = second + i * kTile;
-        O* h = v.h + (r + i) * v.width + item.begin;
+        O* h = v.h + (r + i) * row_stride<O>(v.width) + item.begin;
         if (gated)
           for (int64_t f = 0; f < width; ++f) h[f] = O(silu(a[f]) * b[f]);
         else
@@ -151,7 +151,7 @@ class Experts {
     for (int64_t r = 0; r < v.count; r += kRows) {
       const int64_t rows = std::min(kRows, v.count - r);
       const O* h[kRows];
-      for (int64_t i = 0; i < rows; ++i) h[i] = v.h + (r + i) * v.width;
+      for (int64_t i = 0; i < rows; ++i) h[i] = v.h + (r + i) * row_stride<O>(v.width);
       product_nt(h, rows, v.down + item.begin * v.width, v.width, item.end - item.begin, v.width,
                  out_.get() + (v.first + r) * p_.D + item.begin, p_.D);
     }
@@ -176,12 +176,12 @@ class Experts {
   const bool shared_;
   const int64_t chunk_;  // tokens at a time
   int64_t first_token_ = 0, tokens_ = 0;
-  Scratch<O> wide_;                // x of the chunk's tokens as products take it, if that is not how it is stored
-  std::vector<const O*> row_, x_;  // rows of it (or of x): by token; in expert order, the shared expert last
+  Scratch<O> rows_;                // x of the chunk's tokens as products take it
+  std::vector<const O*> row_, x_;  // rows of it: by token; in expert order, the shared expert last
   std::vector<int64_t> place_;     // [token, slot] -> row in expert order
   std::vector<Visit<T>> visits_;
   std::vector<Item> items_;
-  Scratch<O> h_;    // [row in expert order, width]
+  Scratch<O> h_;    // [row in expert order, row_stride(width)]
   Scratch<A> out_;  // [row in expert order, D]
 };
 

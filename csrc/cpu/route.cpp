@@ -31,12 +31,13 @@ void choose_experts(const A* scores, const A* bias, int64_t k, std::vector<int32
 template <class T>
 void route_tokens(const RouteParams& p, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  std::vector<A> wide(kTokens * p.D), scores(kTokens * p.E), biased(p.E);
+  const int64_t stride = row_stride<A>(p.D);
+  std::vector<A> rows(kTokens * stride), scores(kTokens * p.E), biased(p.E);
   std::vector<int32_t> order(p.E);
   for (int64_t first = begin; first < end; first += kTokens) {
     const int64_t tokens = std::min(kTokens, end - first);
     const A* x[kTokens];
-    for (int64_t i = 0; i < tokens; ++i) x[i] = row_as<A>(p.x.at<const T>(first + i), p.D, wide.data() + i * p.D);
+    for (int64_t i = 0; i < tokens; ++i) x[i] = lay_row<A>(p.x.at<const T>(first + i), p.D, rows.data() + i * stride);
     product_nt(x, tokens, p.gate_weight.at<const A>(0), p.gate_weight.stride[0], p.E, p.D, scores.data(), p.E);
 
     for (int64_t i = 0; i < tokens; ++i) {

@@ -169,7 +169,7 @@ class Chunk {
   void start(int64_t rows) {
     rows_ = rows;
     for (int64_t t = 0; t < kChunk; ++t) query_rows_[t] = queries(t);
-    product_nt<A>(query_rows_, rows, keys_.get(), width_, rows, N_, scores_, kChunk);
+    product_nt<A>(query_rows_, rows, keys_.get(), width_, rows, N_, scores_, kChunk, Weights::in_cache);
     if (rows > kFewRows)
       for (int64_t n = 0; n < width_; n += kLanes<A>) transpose_columns(&queries_[n], width_, &transposed_[n * kChunk]);
   }
