@@ -18,7 +18,7 @@ from twotower.state import LayerState, accumulation_dtype, append_keys
 from twotower_ext import ops
 from twotower_ext.ops._linear import linear as few_rows_linear
 
-SHORT_BLOCK = 32
+SHORT_BLOCK = 64
 """Up to this many rows the Mamba mixer between its projections is one kernel, and so is a projection on the CPU; more
 take the scan of any length and the matrix library."""
 
