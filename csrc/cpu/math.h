@@ -7,11 +7,6 @@ namespace twotower::cpu {
 namespace {  // compiled into every object that uses it, for that object's instruction set
 
 template <class A>
-A sigmoid(A x) {
-  return A(1) / (A(1) + std::exp(-x));
-}
-
-template <class A>
 A silu(A x) {
   return x / (A(1) + std::exp(-x));
 }

@@ -53,6 +53,11 @@ inline Vec<double> vec_exp(Vec<double> x) {
 }
 
 template <class V>
+V vec_sigmoid(V x) {
+  return 1 / (1 + vec_exp(-x));
+}
+
+template <class V>
 V vec_silu(V x) {
   return x / (1 + vec_exp(-x));
 }
