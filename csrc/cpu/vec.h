@@ -5,7 +5,15 @@
 #include <cstdint>
 #include <cstring>
 #if defined(__SSE3__)
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 takes the deliberately undefined operands in there for mistakes
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
 #endif
 
 #include "half.h"
@@ -101,6 +109,22 @@ inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
+// The larger of each lane; `b` where one is NaN: one instruction, of which GCC 12 makes two if it is left a comparison.
+inline Vec<float> larger(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE3__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline Vec<double> larger(Vec<double> a, Vec<double> b) {
+  return a > b ? a : b;
+}
+
 // The sum of all lanes, always by halves: the upper half is added to the lower one until one lane is left. Each step
 // has a vector type of its own, so no optimisation can reorder it.
 template <class A, int kCount = kLanes<A>>
@@ -113,6 +137,43 @@ A sum_lanes(typename VecOf<A, kCount>::type v) {
     std::memcpy(half, &v, sizeof half);
     return sum_lanes<A, kCount / 2>(half[0] + half[1]);
   }
+}
+
+// The smaller of each lane; `b` where one is NaN.
+inline Vec<float> smaller(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX__)
+  return _mm256_min_ps(a, b);
+#elif defined(__SSE3__)
+  return _mm_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// The nearest integers, of ties any; of what is no int32 something.
+inline Vec<int32_t> nearest(Vec<float> v) {
+#if defined(__AVX512F__)
+  return (Vec<int32_t>)_mm512_cvtps_epi32(v);
+#elif defined(__AVX__)
+  return (Vec<int32_t>)_mm256_cvtps_epi32(v);
+#elif defined(__SSE3__)
+  return (Vec<int32_t>)_mm_cvtps_epi32(v);
+#else
+  return __builtin_convertvector(v + (v < 0 ? splat(-0.5f) : splat(0.5f)), Vec<int32_t>);
+#endif
+}
+
+// sum + v, with the lanes of v spread over the lanes of a wider sum.
+inline Vec<double> add_wide(Vec<double> sum, Vec<float> v) {
+  using Half = VecOf<float, kLanes<double>>::type;
+  Half half[2];
+  std::memcpy(half, &v, sizeof half);
+  return sum + __builtin_convertvector(half[0], Vec<double>) + __builtin_convertvector(half[1], Vec<double>);
+}
+inline Vec<double> add_wide(Vec<double> sum, Vec<double> v) {
+  return sum + v;
 }
 
 template <class A>

@@ -25,26 +25,34 @@ inline Vec<float> as_written(Vec<float> v) {
 #endif
 }
 
-// e^x to 1.5e-7 relative. Results below 3e-38 are 0, those above 2e38 infinity; NaN stays NaN.
+// e^x to 1.5e-7 relative. Results below 3e-38 are 0, those above 2e38 may be infinity; NaN stays NaN.
 inline Vec<float> vec_exp(Vec<float> x) {
-  constexpr float kLowest = -86.6f, kHighest = 88.0f;
-  const Vec<float> lowest = splat(kLowest), highest = splat(kHighest), zero = {};
-  Vec<float> inside = x > lowest ? x : lowest;  // NaN becomes the lowest
-  inside = inside < highest ? inside : highest;
-  const Vec<float> half = inside < zero ? splat(-0.5f) : splat(0.5f);
-  const auto n = __builtin_convertvector(inside * 1.44269504f + half, Vec<int32_t>);
-  const auto whole = __builtin_convertvector(n, Vec<float>);
-  // r = x - n ln 2, with ln 2 in two parts of which the first has 9 bits: its multiples are exact.
-  Vec<float> r = as_written(multiply_add(whole, splat(-0.693359375f), inside));
-  r = multiply_add(whole, splat(2.12194440e-4f), r);
+  constexpr float kLog2e = 1.44269504f, kLowest = -86.6f, kHighest = 88.8f;
+  // ln 2 in two parts of which the first has 9 bits: its multiples are exact.
+  constexpr float kLn2 = 0.693359375f, kLn2Rest = -2.12194440e-4f;
   // The polynomial of least relative error (1.9e-9) to e^r for |r| <= ln(2) / 2.
+  constexpr float kFirst = 1.383683807e-3f;
   constexpr float kCoefficients[] = {8.374822093e-3f, 4.166822604e-2f, 1.666642010e-1f, 4.999999208e-1f, 1, 1};
-  Vec<float> p = splat(1.383683807e-3f);
+  Vec<float> inside = smaller(splat(kHighest), x);  // NaN stays
+#if defined(__AVX512F__)
+  const __mmask16 not_tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kLowest), _CMP_NLE_UQ);
+  const Vec<float> n = _mm512_roundscale_ps(inside * kLog2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vec<float> lowest = splat(kLowest);
+  inside = larger(lowest, inside);
+  const Vec<int32_t> power = nearest(inside * kLog2e);
+  const auto n = __builtin_convertvector(power, Vec<float>);
+#endif
+  Vec<float> r = as_written(multiply_add(n, splat(-kLn2), inside));
+  r = multiply_add(n, splat(-kLn2Rest), r);
+  Vec<float> p = splat(kFirst);
   for (const float c : kCoefficients) p = multiply_add(p, r, splat(c));
-  p *= (Vec<float>)((n + 127) << 23);  // times 2^n
-  p = x < highest ? p : splat(INFINITY);
-  p = x > lowest ? p : zero;
-  return x == x ? p : x;
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(not_tiny, p, n);
+#else
+  p *= (Vec<float>)((power + 127) << 23);  // times 2^n; 2^128 is infinity
+  return x <= lowest ? Vec<float>{} : p;
+#endif
 }
 
 inline Vec<double> vec_exp(Vec<double> x) {
