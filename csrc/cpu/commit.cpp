@@ -72,17 +72,18 @@ void sample_filtered(const CommitParams& p, Position at, std::vector<Token<acc_t
   prediction.sample_logit = A(logits[best.id]);
 }
 
-// Scans part `part` of a position's vocabulary.
+// Scans part `part` of a position's vocabulary: where it lies, unless something has to be hidden from it.
 template <class T>
 Prediction<acc_t<T>> scan_part(const CommitParams& p, Position at, int64_t part, bool sample) {
-  using A = acc_t<T>;
   const int64_t first = part * kPart, count = std::min(kPart, p.V - first);
-  const T* stored = p.logits.at<const T>(at.b, at.l) + first;
-  A logits[kPart];
-  for (int64_t v = 0; v < count; ++v) logits[v] = A(stored[v]);
-  Sampler<A> sampler(p, at.b, at.l);
+  Sampler<acc_t<T>> sampler(p, at.b, at.l);
   if (!sample) sampler.temperature = 0;
-  return scan(logits, first, count, p.mask_token_id, sampler);
+  const T* const logits = p.logits.at<const T>(at.b, at.l) + first;
+  if (count % kPad == 0 && p.mask_token_id / kPart != part) return scan(logits, first, count, sampler);
+  T copy[kPart];
+  std::copy_n(logits, count, copy);
+  hide(copy, first, count, p.mask_token_id);
+  return scan(copy, first, count, sampler);
 }
 
 template <class T>
@@ -104,7 +105,11 @@ void denoise_commit_of(const CommitParams& p) {
     std::vector<Token<A>> tokens;
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t part = 0; part < parts; ++part) predictions[i].merge(scans[i * parts + part]);
-      if (filtered && predictions[i].usable()) sample_filtered<T>(p, masked[i], tokens, predictions[i]);
+      if (!predictions[i].usable()) continue;
+      const int64_t first = predictions[i].argmax;
+      const T* const logits = p.logits.at<const T>(masked[i].b, masked[i].l) + first;
+      find_argmax(predictions[i], logits, std::min(kPart, p.V - first), p.mask_token_id);
+      if (filtered) sample_filtered<T>(p, masked[i], tokens, predictions[i]);
     }
   });
   commit_rows(p, masked, predictions);

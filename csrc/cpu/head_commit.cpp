@@ -26,8 +26,11 @@ void scan_tile(const HeadCommitParams& p, int64_t tile, const Position* position
     product_nt(hidden + r, rows, p.weight.at<const T>(first), p.weight.stride[0], tokens, p.D, logits, kTile);
     for (int64_t i = 0; i < rows; ++i) {
       const Position at = positions[r + i];
-      scans[(r + i) * stride] =
-          scan(logits + i * kTile, first, tokens, p.commit.mask_token_id, Sampler<A>(p.commit, at.b, at.l));
+      A* const row = logits + i * kTile;
+      hide(row, first, tokens, p.commit.mask_token_id);
+      Prediction<A>& found = scans[(r + i) * stride];
+      found = scan(row, first, tokens, Sampler<A>(p.commit, at.b, at.l));
+      if (found.usable()) find_argmax(found, row, tokens, p.commit.mask_token_id);
     }
   }
 }

@@ -2,18 +2,23 @@
 // of a position's vocabulary are scanned independently and merged in ascending order of ids.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "../params.h"
 #include "../sampling.h"
-#include "vec.h"
+#include "vec_math.h"
 
 namespace twotower::cpu {
 namespace {
 
-constexpr int64_t kPart = 2048;  // ids scanned at a time
+constexpr int64_t kPart = 4096;  // ids scanned at a time
 constexpr int64_t kPad = 16;     // every kLanes divides it
+static_assert(kPad % kLanes<float> == 0 && kPart % kPad == 0);
+constexpr int64_t padded(int64_t count) {
+  return (count + kPad - 1) / kPad * kPad;
+}
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
@@ -45,7 +50,7 @@ struct Sampler {
 template <class A>
 struct Prediction {
   A max = -kInfinity<A>;  // largest logit; -inf: none is finite
-  int64_t argmax = 0;     // the lowest id that has it
+  int64_t argmax = 0;     // the lowest id that has it; until it is looked for, the first id of the part that has it
   double sum = 0;         // sum of exp(logit - max)
   bool bad = false;       // a logit is NaN or +inf
   // With a sampler: the largest logit / temperature + noise, its lowest id, the logit there.
@@ -77,62 +82,79 @@ struct Prediction {
 };
 
 // The largest of n values (n a multiple of kPad); NaN is passed over.
-template <class A>
-A largest(const A* x, int64_t n) {
+template <class T>
+acc_t<T> largest(const T* x, int64_t n) {
+  using A = acc_t<T>;
   Vec<A> best = splat(-kInfinity<A>);
-  for (int64_t i = 0; i < n; i += kLanes<A>) {
-    const Vec<A> v = load(x + i);
-    best = v > best ? v : best;
-  }
+  for (int64_t i = 0; i < n; i += kLanes<A>) best = larger(load(x + i), best);
   return max_lanes<A>(best);
 }
 
-template <class A>
-bool any_nan_or_infinity(const A* x, int64_t n) {
-  auto fine = load(x) < kInfinity<A>;  // false for NaN
-  for (int64_t i = kLanes<A>; i < n; i += kLanes<A>) fine &= load(x + i) < kInfinity<A>;
-  bool all = true;
-  for (int i = 0; i < kLanes<A>; ++i) all = all && fine[i];
-  return !all;
+template <class T>
+bool any_nan(const T* x, int64_t n) {
+  return std::any_of(x, x + n, [](T value) { return std::isnan(acc_t<T>(value)); });
 }
 
-// The sum in float64 of n values (n a multiple of kPad).
-template <class A>
-double sum_of(const A* x, int64_t n) {
-  constexpr int kSums = 8;
-  static_assert(kPad % kSums == 0);
-  double sum[kSums] = {};
-  for (int64_t i = 0; i < n; i += kSums)
-    for (int j = 0; j < kSums; ++j) sum[j] += x[i + j];
-  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
-}
-
-// Scans the logits of ids [first, first + count), count <= kPart. The excluded id's logit is overwritten with -inf, and
-// so is what lies between count and the next multiple of kPad.
-template <class A>
-Prediction<A> scan(A* logits, int64_t first, int64_t count, int64_t excluded, const Sampler<A>& sampler) {
-  const int64_t n = (count + kPad - 1) / kPad * kPad;
-  static_assert(kPad % kLanes<A> == 0 && kPart % kPad == 0);
-  std::fill(logits + count, logits + n, -kInfinity<A>);
-  if (excluded >= first && excluded < first + count) logits[excluded - first] = -kInfinity<A>;
-
-  Prediction<A> p;
-  p.bad = any_nan_or_infinity(logits, n);
-  p.max = largest(logits, n);
-  if (p.bad || !p.usable()) return p;
-  p.argmax = first + (std::find(logits, logits + n, p.max) - logits);
-  A scratch[kPart];
-  for (int64_t i = 0; i < n; ++i) scratch[i] = exp_nonpositive(logits[i] - p.max);
-  p.sum = sum_of(scratch, n);
-
-  if (sampler.temperature > 0) {
-    for (int64_t i = 0; i < n; ++i) scratch[i] = logits[i] / sampler.temperature + sampler.noise(first + i);
-    p.score = largest(scratch, n);
-    const int64_t at = std::find(scratch, scratch + n, p.score) - scratch;
-    p.sample = first + at;
-    p.sample_logit = logits[at];
+// The sum of exp(x - max) of n values (n a multiple of kPad): in lanes of the accumulator, as long as few terms meet in
+// one, then in float64. NaN if one of them is.
+template <class T>
+double sum_of_exp(const T* x, int64_t n, acc_t<T> max) {
+  using A = acc_t<T>;
+  constexpr int64_t kRun = 16 * kLanes<A>;
+  const Vec<A> offset = splat(max);
+  Vec<double> sum = {};
+  for (int64_t begin = 0; begin < n; begin += kRun) {
+    Vec<A> run = {};
+    const int64_t end = std::min(begin + kRun, n);
+    for (int64_t i = begin; i < end; i += kLanes<A>) run += vec_exp(load(x + i) - offset);
+    sum = add_wide(sum, run);
   }
+  return sum_lanes<double>(sum);
+}
+
+// Scans the logits of ids [first, first + count), count <= kPart; up to the next multiple of kPad they are -inf, and so
+// is that of the excluded id. The argmax is left to `find_argmax`.
+template <class T>
+Prediction<acc_t<T>> scan(const T* logits, int64_t first, int64_t count, const Sampler<acc_t<T>>& sampler) {
+  using A = acc_t<T>;
+  const int64_t n = padded(count);
+  Prediction<A> p;
+  p.argmax = first;
+  p.max = largest(logits, n);
+  if (p.max == -kInfinity<A> || p.max == kInfinity<A>) {
+    p.bad = p.max > 0 || any_nan(logits, n);
+    return p;
+  }
+  p.sum = sum_of_exp(logits, n, p.max);
+  p.bad = std::isnan(p.sum);
+  if (p.bad || sampler.temperature == 0) return p;
+
+  A scores[kPart];
+  for (int64_t i = 0; i < n; i += kLanes<A>) store(scores + i, load(logits + i));
+  for (int64_t i = 0; i < n; ++i) scores[i] = scores[i] / sampler.temperature + sampler.noise(first + i);
+  p.score = largest(scores, n);
+  const int64_t at = std::find(scores, scores + n, p.score) - scores;
+  p.sample = first + at;
+  p.sample_logit = A(logits[at]);
   return p;
+}
+
+// Replaces the logits that no prediction may see: the excluded id's, and those up to the next multiple of kPad.
+template <class T>
+void hide(T* logits, int64_t first, int64_t count, int64_t excluded) {
+  const T hidden = T(-kInfinity<acc_t<T>>);
+  std::fill(logits + count, logits + padded(count), hidden);
+  if (excluded >= first && excluded < first + count) logits[excluded - first] = hidden;
+}
+
+// Sets the argmax of a usable prediction, given the logits from its part's first id on, `count` of them.
+template <class T>
+void find_argmax(Prediction<acc_t<T>>& p, const T* logits, int64_t count, int64_t excluded) {
+  constexpr int64_t kRun = 4 * kPad;
+  int64_t i = 0;
+  while (i + kRun <= count && largest(logits + i, kRun) < p.max) i += kRun;
+  while (acc_t<T>(logits[i]) != p.max || p.argmax + i == excluded) ++i;
+  p.argmax += i;
 }
 
 }  // namespace
