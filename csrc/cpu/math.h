@@ -17,11 +17,5 @@ A softplus(A x) {
   return std::fmax(x, A(0)) + std::log1p(std::exp(-std::fabs(x)));
 }
 
-// The Mamba-2 mixer's output gate, applied before its norm.
-template <class A>
-A gated(A y, A z) {
-  return y * silu(z);
-}
-
 }  // namespace
 }  // namespace twotower::cpu

@@ -1,67 +1,74 @@
 // rms_norm and gated_group_rms_norm: one row at a time, sums in the accumulator dtype.
+#include "norm.h"
+
 #include <cmath>
 
 #include "../dispatch.h"
 #include "../params.h"
-#include "math.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace twotower::cpu {
 namespace {
 
 constexpr int64_t kRowElements = 1 << 14;  // elements a thread takes at least
 
+// h + gate * delta of one row, stored; no gate: 1.
+template <class T>
+void add_delta(const T* h, const T* gate, const T* delta, int64_t n, T* sum) {
+  using A = acc_t<T>;
+  for_vectors<A>(n, [=](int64_t i, auto lanes) {
+    const Vec<A> x = lanes.load(h + i), d = lanes.load(delta + i);
+    lanes.store(sum + i, gate ? multiply_add(lanes.load(gate + i), d, x) : x + d);
+  });
+}
+
 template <class T>
 void rms_norm_rows(const RmsNormParams& p, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  const T* weight = p.weight.at<const T>();
+  const T* const weight = p.weight.at<const T>();
+  const bool before = p.modulate == Modulate::before, after = p.modulate == Modulate::after;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / p.L, l = row % p.L;
     const T* h = p.x.at<const T>(b, l);
     if (p.delta) {
-      const T* delta = p.delta.at<const T>(b, l);
-      const T* gate = p.gate ? p.gate.at<const T>(b) : nullptr;
-      T* sum = p.h.at<T>(b, l);
-      for (int64_t i = 0; i < p.D; ++i) sum[i] = T(A(h[i]) + (gate ? A(gate[i]) : A(1)) * A(delta[i]));
+      T* const sum = p.h.at<T>(b, l);
+      add_delta(h, p.gate ? p.gate.at<const T>(b) : nullptr, p.delta.at<const T>(b, l), p.D, sum);
       h = sum;
     }
-    const T* shift = p.shift ? p.shift.at<const T>(b) : nullptr;
-    const T* scale = p.scale ? p.scale.at<const T>(b) : nullptr;
-    const bool before = p.modulate == Modulate::before, after = p.modulate == Modulate::after;
-    const auto normed_input = [&](int64_t i) {
-      return before ? A(h[i]) * (A(1) + A(scale[i])) + A(shift[i]) : A(h[i]);
+    const T* const shift = p.shift ? p.shift.at<const T>(b) : nullptr;
+    const T* const scale = p.scale ? p.scale.at<const T>(b) : nullptr;
+    const auto modulated = [=](Vec<A> v, int64_t i, auto lanes) {
+      return multiply_add(v, 1 + lanes.load(scale + i), lanes.load(shift + i));
+    };
+    const auto normed_input = [=](int64_t i, auto lanes) {
+      const Vec<A> v = lanes.load(h + i);
+      return before ? modulated(v, i, lanes) : v;
     };
 
-    A squares = 0;
-    for (int64_t i = 0; i < p.D; ++i) squares += normed_input(i) * normed_input(i);
-    const A inverse = A(1) / std::sqrt(squares / A(p.D) + A(p.eps));
-    T* out = p.normed.at<T>(b, l);
-    for (int64_t i = 0; i < p.D; ++i) {
-      const A v = A(weight[i]) * (normed_input(i) * inverse);
-      out[i] = T(after ? v * (A(1) + A(scale[i])) + A(shift[i]) : v);
-    }
+    Vec<A> squares = {};
+    for_vectors<A>(p.D, [&](int64_t i, auto lanes) {
+      const Vec<A> v = normed_input(i, lanes);
+      squares = multiply_add(v, v, squares);
+    });
+    const Vec<A> inverse = splat(A(1) / std::sqrt(sum_lanes<A>(squares) / A(p.D) + A(p.eps)));
+    T* const out = p.normed.at<T>(b, l);
+    for_vectors<A>(p.D, [=](int64_t i, auto lanes) {
+      const Vec<A> v = lanes.load(weight + i) * (normed_input(i, lanes) * inverse);
+      lanes.store(out + i, after ? modulated(v, i, lanes) : v);
+    });
   }
 }
 
 template <class T>
 void gated_norm_rows(const GatedNormParams& p, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
-  const T* weight = p.weight.at<const T>();
+  const auto product = scratch<acc_t<T>>(p.group_size);
+  const T* const weight = p.weight.at<const T>();
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / p.L, l = row % p.L;
-    const T* y = p.y.at<const T>(b, l);
-    const T* z = p.z.at<const T>(b, l);
-    T* out = p.out.at<T>(b, l);
-    for (int64_t first = 0; first < p.D; first += p.group_size) {
-      const int64_t last = first + p.group_size;
-      A squares = 0;
-      for (int64_t i = first; i < last; ++i) {
-        const A v = gated(A(y[i]), A(z[i]));
-        squares += v * v;
-      }
-      const A inverse = A(1) / std::sqrt(squares / A(p.group_size) + A(p.eps));
-      for (int64_t i = first; i < last; ++i) out[i] = T(A(weight[i]) * (gated(A(y[i]), A(z[i])) * inverse));
-    }
+    for (int64_t i = 0; i < p.D; i += p.group_size)
+      gated_norm(p.y.at<const T>(b, l) + i, p.z.at<const T>(b, l) + i, weight + i, p.group_size, p.eps, product.get(),
+                 p.out.at<T>(b, l) + i);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "../dispatch.h"
 #include "conv.h"
+#include "norm.h"
 
 namespace twotower::cpu {
 namespace {
@@ -107,26 +108,6 @@ void scan(const ScanParams& p) {
   });
 }
 
-// out = weight v / rms(v) over one group of one row, v = y silu(z); y is overwritten.
-template <class T>
-void gated_norm(acc_t<T>* __restrict y, const T* z, const T* weight, int64_t n, double eps, T* __restrict out) {
-  using A = acc_t<T>;
-  Vec<A> squares = {};
-  const auto gated = [&](Vec<A> v, Vec<A> gate) {
-    v *= vec_silu(gate);
-    squares = multiply_add(v, v, squares);
-    return v;
-  };
-  int64_t i = 0;
-  for (; i + kLanes<A> <= n; i += kLanes<A>) store(y + i, gated(load(y + i), load(z + i)));
-  if (i < n) {
-    const Vec<A> last = gated(load_part(y + i, n - i), load_part(z + i, n - i));
-    std::memcpy(y + i, &last, (n - i) * sizeof(A));
-  }
-  const A inverse = A(1) / std::sqrt(sum_lanes<A>(squares) / A(n) + A(eps));
-  for (i = 0; i < n; ++i) out[i] = T(A(weight[i]) * (y[i] * inverse));
-}
-
 // Runs work items of mamba_block: some heads of a group from the convolution to the gated norm, or to where that
 // starts.
 template <class T>
@@ -164,7 +145,7 @@ class Mixer {
   static void norm(const MambaBlockParams& p, int64_t b, int64_t l, int64_t g, A* y) {
     const int64_t width = p.H / p.G * p.P, first = g * width;
     gated_norm(y, p.zxbcdt.template at<const T>(b, l) + first, p.norm_weight.template at<const T>() + first, width,
-               p.eps, p.out.template at<T>(b, l) + first);
+               p.eps, y, p.out.template at<T>(b, l) + first);
   }
 
  private:

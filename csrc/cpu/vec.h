@@ -89,6 +89,16 @@ void store(A* to, Vec<A> v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// The lower 16 bits of each lane.
+inline void store_low_halves(void* to, Vec<uint32_t> v) {
+#if defined(__AVX512F__)  // one instruction; GCC 12 makes several of the conversion below
+  const __m256i low = _mm512_cvtepi32_epi16((__m512i)v);
+#else
+  const auto low = __builtin_convertvector(v, VecOf<uint16_t, kLanes<float>>::type);
+#endif
+  std::memcpy(to, &low, sizeof low);
+}
+
 // a * b + c, fused wherever the instruction set can, whatever the compiler's contraction setting.
 inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(__AVX512F__)

@@ -70,21 +70,68 @@ V vec_silu(V x) {
   return x / (1 + vec_exp(-x));
 }
 
-// v[i] = f(v[i]) for i < n, a vector at a time.
+// to[i] = v[i], rounded to the storage type: what its constructor does, without branches.
+template <class A>
+void store_as(A* to, Vec<A> v) {
+  store(to, v);
+}
+
+inline void store_as(bfloat16* to, Vec<float> v) {
+  const auto u = (Vec<uint32_t>)v;
+  const Vec<uint32_t> upper = u >> 16, nan = (Vec<uint32_t>)(v != v);
+  const Vec<uint32_t> rounded = (u + 0x7fff + (upper & 1)) >> 16;
+  store_low_halves(to, (rounded & ~nan) | ((upper | 0x40) & nan));
+}
+
+inline void store_as(float16* to, Vec<float> v) {
+  const auto u = (Vec<uint32_t>)v;
+  const Vec<uint32_t> magnitude = u & 0x7fffffff;
+  const Vec<uint32_t> normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const Vec<uint32_t> subnormal = (Vec<uint32_t>)((Vec<float>)magnitude + 0.5f) - 0x3f000000;
+  Vec<uint32_t> half = magnitude >= 0x38800000 ? normal : subnormal;
+  half = magnitude >= 0x477ff000 ? Vec<uint32_t>{} + 0x7c00 : half;
+  half = magnitude > 0x7f800000 ? Vec<uint32_t>{} + 0x7e00 : half;
+  store_low_halves(to, ((u >> 16) & 0x8000) | half);
+}
+
+// Whole vectors, and the lanes that are left at the end of a loop.
+struct AllLanes {
+  template <class T>
+  auto load(const T* from) const {
+    return cpu::load(from);
+  }
+  template <class T>
+  void store(T* to, Vec<acc_t<T>> v) const {
+    store_as(to, v);
+  }
+};
+struct FirstLanes {
+  int64_t count;
+
+  template <class T>
+  auto load(const T* from) const {
+    return load_part(from, count);
+  }
+  template <class T>
+  void store(T* to, Vec<acc_t<T>> v) const {
+    T stored[kLanes<acc_t<T>>];
+    store_as(stored, v);
+    std::memcpy(to, stored, count * sizeof(T));
+  }
+};
+
+// f(i, lanes) for the vectors of n elements, which start at i; `lanes` loads and stores those of them that exist.
 template <class A, class F>
-void transform(A* v, int64_t n, F&& f) {
-  constexpr int64_t kStep = kLanes<A>;
+void for_vectors(int64_t n, const F& f) {
   int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) store(v + i, f(load(v + i)));
-  if (i == n) return;
-  const Vec<A> last = f(load_part(v + i, n - i));
-  std::memcpy(v + i, &last, (n - i) * sizeof(A));
+  for (; i + kLanes<A> <= n; i += kLanes<A>) f(i, AllLanes());
+  if (i < n) f(i, FirstLanes{n - i});
 }
 
 // to[i] = from[i], rounded to the storage type.
 template <class A, class T>
-void narrow(const A* __restrict from, int64_t n, T* __restrict to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = T(from[i]);
+void narrow(const A* from, int64_t n, T* to) {
+  for_vectors<A>(n, [=](int64_t i, auto lanes) { lanes.store(to + i, lanes.load(from + i)); });
 }
 
 }  // namespace
