@@ -16,6 +16,7 @@ namespace {
 // A work item: a tile of rows by a tile of channels. Its inputs and the taps' weights stay in the cache.
 constexpr int64_t kConvRows = 64;
 constexpr int64_t kConvChannels = 256;
+constexpr int kRowsAtOnce = 4;
 
 // Y is the type that y is stored in: T, or its accumulator.
 template <class T, class Y>
@@ -25,11 +26,10 @@ class Conv {
  public:
   explicit Conv(const ConvParams& p)
       : p_(p),
-        weight_(zeros<A>((p.K + 2) * kConvChannels)),
+        weight_(zeros<A>((p.K + 1) * kConvChannels)),
         bias_(weight_.get() + p.K * kConvChannels),
-        result_(bias_ + kConvChannels),
         past_(scratch<T>(p.K * kConvChannels)),
-        taps_(scratch<const T*>(p.K)) {}
+        taps_(scratch<const T*>(p.K - 1 + kRowsAtOnce)) {}
 
   // Rows [begin, end) of channels [first, first + count) to `y`, `ld` elements a row. `with_state`: these rows' item
   // also stores the final state, if row 0 is among them.
@@ -47,12 +47,25 @@ class Conv {
     with_taps([&](auto K) {
       if (begin < end) load_weights(K);
       if (begin < std::min(K - 1, end)) load_past(b, K);
-      for (int64_t l = begin; l < end; ++l) {
-        for (int64_t k = 0; k < K; ++k) taps_[k] = row(b, l - (K - 1) + k);
-        convolve(K);
-        narrow(result_, channels_, y + (l - begin) * ld);
-      }
+      if (p_.activation == ConvActivation::silu)
+        rows<true>(K, b, begin, end, y, ld);
+      else
+        rows<false>(K, b, begin, end, y, ld);
     });
+  }
+
+  template <bool kSilu, class Count>
+  void rows(Count K, int64_t b, int64_t begin, int64_t end, Y* y, int64_t ld) {
+    while (begin < end) {
+      const int64_t n = begin + kRowsAtOnce <= end ? kRowsAtOnce : 1;
+      for (int64_t t = 0; t < K - 1 + n; ++t) taps_[t] = row(b, begin - (K - 1) + t);
+      if (n == 1)
+        convolve<1, kSilu>(K, y, ld);
+      else
+        convolve<kRowsAtOnce, kSilu>(K, y, ld);
+      begin += n;
+      y += n * ld;
+    }
   }
 
   // f(K); the usual number of taps is a constant there, so that loops over it disappear.
@@ -104,23 +117,20 @@ class Conv {
     return l >= 0 ? p_.x.template at<const T>(b, l) + channel_ : past_.get() + (p_.K + l) * kConvChannels;
   }
 
-  // One row of the tile, a vector of channels at a time.
-  template <class Count>
-  void convolve(Count K) {
-    constexpr int64_t kStep = kLanes<A>;
+  // `kRows` rows of the tile, a vector of channels at a time. Neighbouring rows share all taps but one.
+  template <int kRows, bool kSilu, class Count>
+  void convolve(Count K, Y* y, int64_t ld) {
     const A *const weight = weight_.get(), *const bias = bias_;
     const T* const* const taps = taps_.get();
-    A* const result = result_;
-    const int64_t n = channels_;
-    const bool silu = p_.activation == ConvActivation::silu;
-    const auto sum = [=](int64_t c, auto&& tap) {
-      Vec<A> v = load(bias + c);
-      for (int64_t k = 0; k < K; ++k) v = multiply_add(load(weight + k * kConvChannels + c), tap(taps[k] + c), v);
-      store(result + c, silu ? vec_silu(v) : v);  // scratch rows are whole vectors long
-    };
-    int64_t c = 0;
-    for (; c + kStep <= n; c += kStep) sum(c, [](const T* x) { return load(x); });
-    if (c < n) sum(c, [=](const T* x) { return load_part(x, n - c); });
+    for_vectors<A>(channels_, [=](int64_t c, auto lanes) {
+      Vec<A> v[kRows];
+      for (int r = 0; r < kRows; ++r) v[r] = load(bias + c);  // scratch rows are whole vectors long
+      for (int64_t k = 0; k < K; ++k) {
+        const Vec<A> w = load(weight + k * kConvChannels + c);
+        for (int r = 0; r < kRows; ++r) v[r] = multiply_add(w, lanes.load(taps[r + k] + c), v[r]);
+      }
+      for (int r = 0; r < kRows; ++r) lanes.store(y + r * ld + c, kSilu ? vec_silu(v[r]) : v[r]);
+    });
   }
 
   // The last K raw rows, oldest first; in a block shorter than that the oldest come from the initial state.
@@ -147,11 +157,10 @@ class Conv {
   }
 
   const ConvParams& p_;
-  Scratch<A> weight_;  // [K, kConvChannels], then bias and result
+  Scratch<A> weight_;  // [K, kConvChannels], then bias
   A* bias_;
-  A* result_;
   Scratch<T> past_;         // [K, kConvChannels]
-  Scratch<const T*> taps_;  // [K]
+  Scratch<const T*> taps_;  // [K - 1 + kRowsAtOnce]
   int64_t channel_ = 0, channels_ = 0;
 };
 
