@@ -1,6 +1,6 @@
 # make demo   build, then generate from a small checkpoint in all three modes
 # make test   build, then run the tests          make lint   ruff, clang-format, mypy
-# make bench  build, then time every op and a model: table, benchmarks/results/cpu.json, pictures in docs; under 10 min
+# make bench  build, then time every op and a model: table, benchmarks/results/local-cpu.json, docs/local-*.svg; under 10 min
 # make gpu    on a machine with an NVIDIA GPU, nvcc and a CUDA torch: build against that torch, run tests and suite there
 # All but `make gpu` work inside .venv, which they make; PYTHON chooses the interpreter.
 SHELL := bash
@@ -9,7 +9,7 @@ PYTHON ?= python3
 OUT ?= benchmarks/results
 BIN := .venv/bin
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-OP_TESTS := $(addprefix tests/test_,edges.py golden_commit.py golden_ops.py library.py ops.py rows.py sampling.py split.py)
+OP_TESTS := $(addprefix tests/test_,edges.py golden_commit.py golden_ops.py library.py linear.py ops.py commit_parts.py rows.py sampling.py split.py)
 PROGRESS := ^ *(\[[0-9]+/[0-9]+|-- CUDA kernels|Successfully installed)
 
 .PHONY: bench demo test test-build test-isa lint format gpu clean

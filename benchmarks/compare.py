@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LEAST = 0.05  # a change below this share is never reported: runs differ by as much
-SETTINGS = ("backend", "threads", "isa")
+SETTINGS = ("backend", "threads", "isa", "quick")
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ def _change(key: str, old: dict[str, Any], new: dict[str, Any], unlike: bool) ->
     if not unlike:
         # Ceilings scatter too: on one machine they can excuse a change, in full or in part, but make none.
         scale = min(max(scale, 1.0), max(ratio, 1.0)) if ratio > 1 else max(min(scale, 1.0), ratio)
-    # The quartiles have to lie apart: the new lower one above the old upper one, by LEAST.
-    spread = old["high"] / old["seconds"] * (new["seconds"] / new["low"])
+    # The quartiles have to lie apart, by LEAST: the slower run's lower one above the faster run's upper one.
+    slow, fast = (new, old) if ratio > scale else (old, new)
+    spread = fast["high"] / fast["seconds"] * (slow["seconds"] / slow["low"])
     return Change(
         key=key, old=old["seconds"], new=new["seconds"], scale=scale, ratio=ratio / scale,
         noise=spread * (1 + LEAST) - 1,

@@ -18,6 +18,7 @@ import twotower_ext
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+CGROUP = Path("/sys/fs/cgroup")
 FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 GPU_QUERY = {
     "driver": "driver_version",
@@ -102,7 +103,16 @@ def caches() -> dict[str, int]:
 
 
 def memory() -> dict[str, int]:
-    """Bytes: "MemTotal", and "MemAvailable", what can be had without swapping."""
+    """Bytes: "MemTotal", and "MemAvailable", what can be had without swapping; both within a container's limit."""
+    found = _system_memory()
+    limit, used = (_read(CGROUP / name).strip() for name in ("memory.max", "memory.current"))
+    if limit.isdigit() and used.isdigit():
+        found["MemTotal"] = min(found["MemTotal"], int(limit))
+        found["MemAvailable"] = min(found["MemAvailable"], max(0, int(limit) - int(used)))
+    return found
+
+
+def _system_memory() -> dict[str, int]:
     told = dict(re.findall(r"^(MemTotal|MemAvailable):\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE))
     if len(told) == 2:
         return {name: int(kib) * 1024 for name, kib in told.items()}

@@ -27,17 +27,24 @@ def new(machine: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     return {"schema": SCHEMA, **{name: {} for name in SECTIONS}, "machine": machine, "settings": settings}
 
 
-def default_path(backend: str) -> Path:
+LOCAL = "local-"  # begins the names of files, and of their pictures, that are not committed
+
+
+def default_path(backend: str, quick: bool = False) -> Path:
     """Where results go unless a file is named: `benchmarks/results` in a source checkout, else the current folder."""
+    name = f"{backend}-quick" if quick else backend
     checkout = FOLDER.parent.parent / "pyproject.toml"
-    return FOLDER / f"{backend}.json" if checkout.exists() else Path(f"twotower-bench-{backend}.json")
+    return FOLDER / f"{LOCAL}{name}.json" if checkout.exists() else Path(f"twotower-bench-{name}.json")
 
 
 def save(path: Path, data: dict[str, Any]) -> None:
     """Replaces the file in one step, so that whoever reads it, or is interrupted, has all of it or what was before."""
     text = json.dumps(data, indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)

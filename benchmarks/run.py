@@ -40,7 +40,7 @@ def run(argv: Sequence[str] | None, program: str) -> int:
     if options.plot:
         plots.require()
     with ceilings.using_threads(options.threads):
-        session = Session(plan, options.json or results.default_path(plan.backend), options.fresh)
+        session = Session(plan, options.json or results.default_path(plan.backend, plan.quick), options.fresh)
         try:
             session.measure()
             status = session.report(old)
@@ -74,7 +74,9 @@ def _parser(program: str) -> Parser:
         "--model", action=argparse.BooleanOptionalAction,
         help="forwards of a whole model of random weights (default: on the CPU, unless --op is given)",
     )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", type=Path, help="results (default: benchmarks/results/BACKEND.json)")
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="results (default: benchmarks/results/local-BACKEND.json)"
+    )
     folder = plots.DOCS if plots.DOCS.is_dir() else Path()
     parser.add_argument(
         "--plot", nargs="?", metavar="DIR", type=Path, const=folder,

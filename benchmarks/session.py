@@ -57,15 +57,15 @@ class Plan:
 class Session:
     """`data` is what the file at `path` holds, or will after the next case.
 
-    A file of this machine, build and setting is gone on with; any other is begun anew. Raises ValueError where the file
-    holds something else than results, OSError where it cannot be written.
+    A file of this machine, build and setting is gone on with; any other is kept under another name and begun anew.
+    Raises ValueError where the file holds something else than results, OSError where it cannot be written.
     """
 
     def __init__(self, plan: Plan, path: Path, fresh: bool = False):
         self.path = path
         self._plan = plan
-        facts = machine.facts(plan.backend)
-        self.data = _begin(path, facts, plan.settings(facts["build"].get("cpu_isa")))
+        self._facts = machine.facts(plan.backend)
+        self.data = _begin(path, self._facts, plan.settings(self._facts["build"].get("cpu_isa")))
         if fresh:
             self._forget()
         results.save(path, self.data)
@@ -75,7 +75,8 @@ class Session:
         keys = {case.key for case in self._plan.cases}
         for section in ("results", "refused", "skipped"):
             self.data[section] = {k: v for k, v in self.data[section].items() if k not in keys}
-        self.data["ceilings"] = {}
+        for name in self._ceilings():
+            self.data["ceilings"].pop(name, None)
         for shape, _, dtype in self._models():
             for key in model.keys(shape, [dtype]):
                 self.data["model"].pop(key, None)
@@ -85,6 +86,12 @@ class Session:
         plan = self._plan
         due = [case for case in plan.cases if not self._finished(case)]
         models = [(*m, m_due) for m in self._models() if (m_due := self._model_due(*m))]
+        if due or models:
+            doubt = max(self.data["machine"].get("busy") or 0, self._facts["busy"] or 0)
+            self.data["machine"] = self._facts | {"busy": doubt}
+        else:
+            when = self.data["machine"].get("time")
+            say(f"benchmarks: {self.path} holds all of it already, measured until {when}; --fresh measures again")
         budget = suite.Budget(60 * plan.minutes * (1 - MODEL_SHARE * bool(models)), plan.effort)
         with _progress(1 + len(due) + sum(len(keys) for *_, keys in models)) as bar:
             self._measure_ceilings(bar.step)
@@ -102,6 +109,7 @@ class Session:
     def report(self, old: dict[str, Any] | None) -> int:
         """Prints the table, and what changed since `old`; 1 where an op is wrong or slower, else 0."""
         keys = [case.key for case in self._plan.cases]
+        found = self._compare(old) if old is not None else None
         print(machine.describe(self.data["machine"]))
         print(report.ceilings(self.data))
         for text in (report.table(self.data, keys), report.model_table(self.data)):
@@ -115,8 +123,7 @@ class Session:
         if doubts := report.doubts(self.data):
             print(f"\n{doubts}")
         status = int(any(key in self.data["refused"] for key in keys))
-        if old is not None:
-            found = self._compare(old)
+        if found is not None:
             print(f"\n{report.comparison(found)}")
             status = max(status, int(found.regressed))
         print(f"\nwritten to {self.path}")
@@ -133,10 +140,12 @@ class Session:
         threads = self._plan.threads if self._plan.backend == "cpu" else 1
         return Machine.from_results(self.data, ceilings.name_of(dtype), threads)
 
+    def _ceilings(self) -> set[str]:
+        return {"read", "copy", *(f"matmul_{ceilings.name_of(dtype)}" for dtype in self._plan.all_dtypes)}
+
     def _measure_ceilings(self, step: Callable[[str], None]) -> None:
         plan = self._plan
-        wanted = {"read", "copy", *(f"matmul_{ceilings.name_of(dtype)}" for dtype in plan.all_dtypes)}
-        if wanted <= self.data["ceilings"].keys():
+        if self._ceilings() <= self.data["ceilings"].keys():
             return
         threads = machine.thread_counts(plan.threads)
         self.data["ceilings"] |= ceilings.measure(plan.backend, threads, plan.all_dtypes, plan.effort.ceiling, step)
@@ -151,9 +160,9 @@ class Session:
             for count, value in values.items():
                 self.data["drift"][name] = value / known[name][count]
                 known[name][count] = max(known[name][count], value)
-        for case in plan.cases:
-            if entry := self.data["results"].get(case.key):
-                self.data["results"][case.key] = suite.judged(entry, self._machine(case.dtype))
+        for key, entry in self.data["results"].items():
+            if f"matmul_{entry['dtype']}" in known:
+                self.data["results"][key] = suite.judged(entry, self._machine(getattr(torch, entry["dtype"])))
         results.save(self.path, self.data)
 
     def _measure(self, case: Case, seconds: float, step: Callable[[str], None]) -> None:
@@ -196,16 +205,16 @@ class Session:
             bar.next()
 
     def _compare(self, old: dict[str, Any]) -> compare.Comparison:
-        """What seems slower is timed once more: only what is slower then as well counts."""
+        """An op that seems slower is timed once more: only what is slower then as well counts."""
         keys = {case.key: case for case in self._plan.cases}
         for change in compare.compare(old, self.data).changes:
             if change.slower and change.key in keys:
-                case = keys[change.key]
+                case, first = keys[change.key], self.data["results"][change.key]
                 again = suite.measure_again(
-                    case, self._plan.backend, self._machine(case.dtype), self.data["results"][case.key],
+                    case, self._plan.backend, self._machine(case.dtype), first,
                     self._plan.effort, self._plan.effort.longest_case / 4,
                 )  # fmt: skip
-                self.data["results"][case.key] = again
+                self.data["results"][case.key] = min(first, again, key=lambda entry: entry["seconds"])
         results.save(self.path, self.data)
         return compare.compare(old, self.data)
 
@@ -215,11 +224,12 @@ def _begin(path: Path, facts: dict[str, Any], settings: dict[str, Any]) -> dict[
         return results.new(facts, settings)
     found = results.load(path)
     if not machine.same(found["machine"], facts) or not _same_settings(found["settings"], settings):
-        say(f"benchmarks: {path} is begun anew: what it held is of another machine, build or setting")
+        kept = path.with_suffix(f".old{path.suffix}")
+        path.replace(kept)
+        say(f"benchmarks: {path} is begun anew; what it held, of another machine, build or setting, is now {kept}")
         return results.new(facts, settings)
     dimensions = found["settings"]["dimensions"] | settings["dimensions"]
     found["settings"] |= {"dimensions": dimensions, "shape": " ".join(dimensions)}
-    found["machine"] = facts
     return found
 
 

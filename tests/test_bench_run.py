@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,40 @@ def test_results_of_another_build_or_setting_are_not_gone_on_with(what, out, cap
     capsys.readouterr()
     assert run.main([*TWO_OPS, "--json", str(out)]) == 0
     assert measured(out)["results"][KEYS[0]]["seconds"] < 1
-    assert "begun anew" in capsys.readouterr().err
+    kept = out.with_name("results.old.json")
+    assert f"{out} is begun anew; what it held, of another machine, build or setting, is now {kept}" in (
+        capsys.readouterr().err
+    )
+    assert measured(kept) == data
+
+
+def test_a_run_with_nothing_to_do_says_so_and_leaves_the_facts(out, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "busy", lambda: 0.5)
+    assert run.main([*TWO_OPS, "--json", str(out)]) == 0
+    before = out.read_text()
+    capsys.readouterr()
+    monkeypatch.setattr(machine, "busy", lambda: 0.0)
+    assert run.main([*TWO_OPS, "--json", str(out)]) == 0
+    stdout, stderr = capsys.readouterr()
+    assert "holds all of it already" in stderr
+    assert "Others used 50% of the processors" in stdout
+    assert out.read_text() == before
+    assert run.main([*TWO_OPS, "--op", "rms_norm", "--fresh", "--json", str(out)]) == 0
+    assert "Others used 50% of the processors" in capsys.readouterr().out, "the other op's times are still those"
+    assert measured(out)["machine"]["time"] >= json.loads(before)["machine"]["time"]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, capsys):
+    assert run.main([*TWO_OPS, "--json", str(tmp_path / "absent" / "\0.json")]) == 2
+    folder = tmp_path / "file"
+    folder.touch()
+    assert run.main([*TWO_OPS, "--json", str(folder / "x.json")]) == 2
+    assert str(folder) in capsys.readouterr().err
+
+
+def test_a_look_does_not_touch_the_results():
+    assert results.default_path("cpu") != results.default_path("cpu", quick=True)
+    assert results.default_path("cpu").name == "local-cpu.json"
 
 
 def nearly(result: torch.Tensor) -> torch.Tensor:
@@ -184,6 +218,26 @@ def test_a_planted_slow_kernel_is_flagged(out, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert run.main([*command, "--json", str(tmp_path / "new.json"), "--compare", str(out)]) == 1
     assert f"{KEYS[3]}: SLOWER" in capsys.readouterr().out
+
+
+def scaled(factor: float, case, backend, ceiling, entry: dict[str, Any], *rest) -> dict[str, Any]:
+    return entry | {name: factor * entry[name] for name in ("low", "seconds", "high")}
+
+
+def test_of_two_timings_the_faster_counts(out, tmp_path, monkeypatch, capsys):
+    """What seemed slower is timed again; a time that is slower still replaces nothing."""
+    assert run.main([*TWO_OPS, "--json", str(out)]) == 0
+    old = measured(out)
+    for entry in old["results"].values():
+        for name in ("low", "seconds", "high"):
+            entry[name] /= 100
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    first = measured(out)["results"]
+    for factor, expected in ((2.0, 1.0), (0.5, 0.5)):
+        monkeypatch.setattr(suite, "measure_again", partial(scaled, factor))
+        assert run.main([*TWO_OPS, "--json", str(out), "--compare", str(tmp_path / "old.json")]) == 1
+        for key in KEYS:
+            assert measured(out)["results"][key]["seconds"] == pytest.approx(expected * first[key]["seconds"])
 
 
 @pytest.mark.parametrize(

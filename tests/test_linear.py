@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from twotower import layers
 
 from twotower_ext.ops._linear import linear
 from twotower_ext.registry import CPU_DTYPES, TOLERANCE
@@ -95,6 +96,26 @@ def test_wrong_arguments():
         linear(x.long(), weight.long())
     with pytest.raises(ValueError, match=r"linear: x must have shape \(..., inputs\)"):
         linear(torch.ones(()), weight)
+
+
+@pytest.mark.parametrize("trained", ["x", "weight", "bias"])
+def test_the_model_has_a_gradient_for_whatever_is_trained(trained: str):
+    tensors = {"x": torch.ones(2, 3), "weight": torch.ones(4, 3), "bias": torch.ones(4)}
+    tensors[trained].requires_grad_()
+    layers.linear(**tensors).sum().backward()
+    expected = {"x": 4.0, "weight": 2.0, "bias": 2.0}[trained]
+    assert torch.equal(tensors[trained].grad, torch.full_like(tensors[trained], expected))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_gradient_is_that_of_torch(bias: bool):
+    generator, gradients = torch.Generator().manual_seed(0), []
+    x, weight, b = (torch.randn(*shape, generator=generator) for shape in ((3, 5), (4, 5), (4,)))
+    for function in (linear, F.linear):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, b)[: 2 + bias]]
+        function(*leaves).square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*gradients)
 
 
 def test_opcheck():

@@ -60,7 +60,11 @@ def pages(result: dict[str, Any], stem: str) -> dict[str, Any]:
 
 def committed() -> list[Path]:
     """The suite's files in benchmarks/results; other reports lie there as well."""
-    return [path for path in sorted(results.FOLDER.glob("*.json")) if "schema" in json.loads(path.read_text("utf-8"))]
+    return [
+        path
+        for path in sorted(results.FOLDER.glob("*.json"))
+        if not path.name.startswith(results.LOCAL) and "schema" in json.loads(path.read_text("utf-8"))
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

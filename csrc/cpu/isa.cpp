@@ -34,9 +34,13 @@ std::vector<const Kernels*> available() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("sse4.2") || !__builtin_cpu_supports("popcnt")) return found;
   found.push_back(&v2::table);
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+  if (!__builtin_cpu_supports("x86-64-v3")) return found;
+#else
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi") ||
       !__builtin_cpu_supports("bmi2"))
     return found;
+#endif
   found.push_back(&v3::table);
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512cd") || !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))

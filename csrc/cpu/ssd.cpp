@@ -1,5 +1,6 @@
 // ssd_scan and mamba_block: the Mamba-2 recurrence, a chunk of rows at a time. Work is shared out by groups, by heads
-// or by slices of the head dimension; every number is computed the same way in all of them.
+// or by slices of the head dimension; every number is computed the same way in all of them. Where chunks end, and how
+// many rows a chunk has, changes results by rounding.
 #include "ssd.h"
 
 #include "../dispatch.h"

@@ -70,6 +70,17 @@ V vec_silu(V x) {
   return x / (1 + vec_exp(-x));
 }
 
+// v[i] = f(v[i]) for i < n, a vector at a time.
+template <class A, class F>
+void transform(A* v, int64_t n, F&& f) {
+  constexpr int64_t kStep = kLanes<A>;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) store(v + i, f(load(v + i)));
+  if (i == n) return;
+  const Vec<A> last = f(load_part(v + i, n - i));
+  std::memcpy(v + i, &last, (n - i) * sizeof(A));
+}
+
 // to[i] = v[i], rounded to the storage type: what its constructor does, without branches.
 template <class A>
 void store_as(A* to, Vec<A> v) {

@@ -42,8 +42,8 @@ def row_by_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (B, D_in) or (B, L, D_in) times weight (D_out, D_in) transposed, plus bias (D_out,), each batch row as if it
     were alone (CPU)."""
-    no_gradient = not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-    if x.device.type == "cpu" and x.shape[1:-1].numel() <= SHORT_BLOCK and no_gradient:
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if x.device.type == "cpu" and x.shape[1:-1].numel() <= SHORT_BLOCK and not trained:
         return few_rows_linear(x, weight, bias)  # reads the weight once for all rows
     return row_by_row(lambda row: F.linear(row, weight, bias), x)
 

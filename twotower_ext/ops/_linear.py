@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from twotower_ext.ops._common import check_types, empty, register_fake
+from twotower_ext.ops._common import check_types, empty, register_fake, register_gradient
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias on the CPU, for few rows: each row as if it were alone, whatever their number and the threads'.
 
-    The weight is read once, at the speed of memory. Sums are float32 (float64 for float64) and rounded once. There is
-    no gradient: where one is wanted, `torch.nn.functional.linear` has it.
+    The weight is read once, at the speed of memory. Sums are float32 (float64 for float64) and rounded once. The
+    gradient computes the product again: to train, `torch.nn.functional.linear` is faster.
 
     Args:
         x: (..., K).
@@ -42,3 +43,4 @@ register_fake(
     {"x": "rows inputs", "weight": "outputs inputs", "bias": "outputs"},
     lambda x, weight, bias: empty(x, (x.shape[0], weight.shape[0])),
 )
+register_gradient("_linear", F.linear)
