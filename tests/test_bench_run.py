@@ -144,12 +144,32 @@ def test_a_run_with_nothing_to_do_says_so_and_leaves_the_facts(out, monkeypatch,
     assert measured(out)["machine"]["time"] >= json.loads(before)["machine"]["time"]
 
 
-def test_a_file_that_cannot_be_written_is_named(tmp_path, capsys):
-    assert run.main([*TWO_OPS, "--json", str(tmp_path / "absent" / "\0.json")]) == 2
-    folder = tmp_path / "file"
-    folder.touch()
-    assert run.main([*TWO_OPS, "--json", str(folder / "x.json")]) == 2
-    assert str(folder) in capsys.readouterr().err
+def test_a_file_that_cannot_be_written_is_named(out, monkeypatch, capsys):
+    def refused(**kwargs):
+        raise PermissionError(13, "Permission denied", "a name that nobody gave")
+
+    monkeypatch.setattr(results.tempfile, "mkstemp", refused)
+    assert run.main([*TWO_OPS, "--json", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert f"{out}: cannot be written: Permission denied" in error
+    assert "nobody" not in error
+
+
+def test_a_fresh_run_keeps_the_ceilings_of_other_dtypes(out):
+    assert run.main([*TWO_OPS, "--dtype", "bfloat16", "float32", "--json", str(out)]) == 0
+    before = measured(out)["ceilings"]["matmul_float32"]
+    assert run.main([*TWO_OPS, "--fresh", "--json", str(out)]) == 0
+    assert measured(out)["ceilings"]["matmul_float32"] == before
+
+
+def test_memory_is_what_a_container_may_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    whole = machine.memory()["MemTotal"]
+    (tmp_path / "memory.current").write_text("300\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.memory()["MemTotal"] == whole
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert machine.memory() == {"MemTotal": 1000, "MemAvailable": 700}
 
 
 def test_a_look_does_not_touch_the_results():
