@@ -1,7 +1,9 @@
 # make demo   build, then generate from a small checkpoint in all three modes
 # make test   build, then run the tests          make lint   ruff, clang-format, mypy
+# make emulate  build and run the CUDA kernels on the host, under sanitizers, in every order of threads (docs/emulation.md)
+# make mutate   plant bugs in the kernels and see that they are caught; about an hour
 # make bench  build, then time every op and a model: table, benchmarks/results/local-cpu.json, docs/local-*.svg; under 10 min
-# make gpu    on a machine with an NVIDIA GPU, nvcc and a CUDA torch: build against that torch, run tests and suite there
+# make gpu    on a machine with an NVIDIA GPU, nvcc and a CUDA torch: build against that torch, run tests, sanitizers and suite
 # All but `make gpu` work inside .venv, which they make; PYTHON chooses the interpreter.
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
@@ -9,10 +11,11 @@ PYTHON ?= python3
 OUT ?= benchmarks/results
 BIN := .venv/bin
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+TESTED_CPP := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 OP_TESTS := $(addprefix tests/test_,edges.py golden_commit.py golden_ops.py library.py linear.py ops.py commit_parts.py rows.py sampling.py split.py)
 PROGRESS := ^ *(\[[0-9]+/[0-9]+|-- CUDA kernels|Successfully installed)
 
-.PHONY: bench demo test test-build test-isa lint format gpu clean
+.PHONY: bench demo emulate mutate test test-build test-isa lint format gpu clean
 
 .venv/tools: requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -35,8 +38,17 @@ demo: .venv/built
 	  $(BIN)/twotower generate tests/golden/checkpoint --prompt-ids 17,4,99,23,8 --max-new-tokens 48 --mode $$mode || exit; \
 	done
 
+# The emulation's plain build runs among the tests; the sanitized ones follow where clang is installed, and are named where
+# not. EMULATE=--all makes a missing one a failure.
 test: .venv/built
 	$(BIN)/python -m pytest -m "not gpu and not build"
+	$(BIN)/python tests/emulate.py asan race $(EMULATE)
+
+emulate: .venv/built
+	$(BIN)/python tests/emulate.py $(EMULATE)
+
+mutate: .venv/built
+	$(BIN)/python tests/mutate.py
 
 # The op tests once for every instruction set that this processor has.
 test-isa: .venv/built
@@ -51,21 +63,24 @@ test-build: .venv/built
 
 lint: .venv/built .venv/linters
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/clang-format --dry-run -Werror $(CPP) $(TESTED_CPP)
 	$(BIN)/mypy
 
 format: .venv/linters
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(CPP) $(TESTED_CPP)
 
 # BENCH=... adds options, for instance BENCH="--compare old.json"; a run that was interrupted goes on where it stopped.
 bench: .venv/built
 	$(BIN)/python -m twotower_ext.benchmarks --plot $(BENCH)
 
-# Needs no network. Where the tree is a copy without its history, COMMIT=... says what it is a copy of.
+# Needs no network. Where the tree is a copy without its history, COMMIT=... says what it is a copy of. All of it fits in
+# ten minutes on 16 cores: the build has five of them at most, and what it leaves of nine goes to the stages of gpu.py.
 gpu:
-	CMAKE_ARGS="-DTWOTOWER_CUDA=ON $$CMAKE_ARGS" $(PYTHON) -m pip install --no-build-isolation --no-deps --verbose -e .
-	$(PYTHON) -m twotower_ext.benchmarks.gpu --out "$(OUT)"
+	started=$$(date +%s); \
+	NVCC_APPEND_FLAGS="--threads 4 $$NVCC_APPEND_FLAGS" CMAKE_ARGS="-DTWOTOWER_CUDA=ON $$CMAKE_ARGS" \
+	  timeout 300 $(PYTHON) -m pip install --no-build-isolation --no-deps --verbose -e . || exit; \
+	$(PYTHON) -m twotower_ext.benchmarks.gpu --out "$(OUT)" --started $$started
 
 clean:
 	rm -rf build .venv/built twotower_ext/*.so *.egg-info

@@ -1,5 +1,6 @@
 // Every kernel's parameters, and the launchers of each backend: what ops/ fills in and what kernels/ and cpu/ read.
-// A parameter block is plain data, so that it can be passed to a GPU kernel by value.
+// A parameter block is plain data, so that it can be passed to a GPU kernel by value. `workspace` is device memory for
+// CUDA kernels, as many bytes as their workspace function says; CPU kernels allocate their own.
 #pragma once
 
 #include <cstdint>
@@ -112,6 +113,7 @@ struct RouteParams {
   Rows<0> correction_bias;  // A [e]
   Rows<1> expert_ids;       // int32 [t, k], ascending
   Rows<1> expert_weights;   // A [t, k]
+  void* workspace = nullptr;
 };
 
 struct ExpertsParams {
@@ -126,6 +128,7 @@ struct ExpertsParams {
   Rows<2> up, down;                // T [e, f or 2f, d], [e, d, f]
   Rows<1> shared_up, shared_down;  // T [shared_f or 2*shared_f, d], [d, shared_f]
   Rows<1> y;                       // T [t, d]
+  void* workspace = nullptr;
 };
 
 // Row i of query block n = i / block_size sees context keys [0, context(b, i)) and the block keys of its window.
@@ -155,6 +158,7 @@ struct CommitParams {
   Rows<1> confidence;          // float32 [b, l]
   Rows<0> masked_left;         // int32 [b]
   Rows<0> status;              // int32 [b]
+  void* workspace = nullptr;
 };
 
 struct HeadCommitParams {
@@ -211,6 +215,12 @@ std::string architecture_of(int device_index);
 void require_supported_device(const char* op);
 // Launchers enqueue on the stream and never allocate or synchronise; a failed launch throws std::runtime_error.
 void rms_norm(const RmsNormParams&, void* stream);
+void moe_route(const RouteParams&, void* stream);
+int64_t moe_route_workspace(const RouteParams&);
+void moe_experts(const ExpertsParams&, void* stream);
+int64_t moe_experts_workspace(const ExpertsParams&);
+void denoise_commit(const CommitParams&, void* stream);
+int64_t denoise_commit_workspace(const CommitParams&);
 }  // namespace cuda
 
 }  // namespace twotower

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends import backend, poisoned_memory  # noqa: F401
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import BACKENDS, Backend
 from torch import Tensor
 
 from twotower_ext.registry import OPS
@@ -19,21 +20,35 @@ SLACK = 3
 # float64 runs repeat the formula in the precision of the stored result; anything but rounding is above 1e-12.
 FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}
 
-FLOAT32_RUNS = ["reference-float32", "ops-float32", pytest.param("ops-float32-cuda", marks=pytest.mark.gpu)]
+EMULATED = BACKENDS[-2]  # the policy with the most surprises
+FLOAT32_RUNS = [
+    "reference-float32",
+    "ops-float32",
+    pytest.param("ops-float32-emulated", marks=EMULATED.marks),
+    pytest.param("ops-float32-cuda", marks=pytest.mark.gpu),
+]
 RUNS = [*FLOAT32_RUNS, "reference-float64", "ops-float64"]
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """The ops of a module; on a GPU, one without a CUDA kernel skips the test that calls it."""
+    """The ops of a module; one without a CUDA kernel skips the test that calls it where that is what runs."""
 
     module: ModuleType
-    device: str
+    backend: Backend | None  # None: the CPU's own kernels, or torch's
 
     def __getattr__(self, name: str) -> Any:
-        if self.device == "cuda" and not OPS[name].cuda:
+        if self.backend is not None and not OPS[name].cuda:
             pytest.skip(f"no CUDA kernel yet for {name}")
-        return getattr(self.module, name)
+        function = getattr(self.module, name)
+        if self.backend is None:
+            return function
+
+        def on_backend(*args: Any, **kwargs: Any) -> Any:
+            with self.backend.active():
+                return function(*args, **kwargs)
+
+        return on_backend
 
 
 @dataclass(frozen=True)
@@ -47,9 +62,9 @@ class Run:
     @classmethod
     def named(cls, name: str) -> Run:
         module, dtype, *rest = name.split("-")
-        device = rest[0] if rest else "cpu"
-        ops = Implementation(importlib.import_module(f"twotower_ext.{module}"), device)
-        return cls(ops, device, getattr(torch, dtype))
+        backend = {"cuda": Backend("cuda"), "emulated": EMULATED.values[0]}[rest[0]] if rest else None
+        ops = Implementation(importlib.import_module(f"twotower_ext.{module}"), backend)
+        return cls(ops, backend.device if backend else "cpu", getattr(torch, dtype))
 
     def load(self, golden, prefix: str, *names: str) -> list[Tensor | None]:
         """The named inputs; None where the case has no such tensor (no initial state, no context)."""

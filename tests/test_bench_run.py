@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from twotower import cli
-from twotower_ext.benchmarks import ceilings, gpu, machine, results, run, suite
+from twotower_ext.benchmarks import ceilings, machine, results, run, suite
 
 from twotower_ext import ops
 from twotower_ext.registry import OPS
@@ -339,33 +337,8 @@ def test_help(capsys):
 # Where it is part of
 
 
-def test_gpu_without_a_gpu(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu"])
-    assert gpu.main() == 2
-    assert capsys.readouterr().err == "no usable NVIDIA GPU: torch.cuda.is_available() is False\n"
-
-
-def test_gpu_runs_the_suite(out, monkeypatch):
-    commands = []
-
-    def run_command(command, **options):
-        commands.append(command)
-        results.save(out, results.new({}, {}) | {"refused": {"b": "wrong"}})
-        return subprocess.CompletedProcess(command, 1)
-
-    out.write_text("of an earlier run")
-    monkeypatch.setattr(gpu.subprocess, "run", run_command)
-    assert gpu.run_suite(out, 2) == {
-        "exit_code": 1, "timed": 0, "refused": {"b": "wrong"}, "skipped": 0, "file": out.name,
-    }  # fmt: skip
-    assert commands[0][1:] == [
-        "-m", "twotower_ext.benchmarks", "--backend", "cuda", "--minutes", "2", "--json", str(out),
-    ]  # fmt: skip
-
-
 def test_every_folder_of_the_suite_is_installed():
-    folder = Path(gpu.__file__).parent
+    folder = Path(suite.__file__).parent
     packages = {f"twotower_ext.benchmarks{''.join(f'.{part}' for part in path.parent.relative_to(folder).parts)}"
                 for path in folder.rglob("__init__.py")}  # fmt: skip
     named = set(re.findall(r'"(twotower_ext\.benchmarks[\w.]*)"', (folder.parent / "pyproject.toml").read_text()))

@@ -74,10 +74,11 @@ def test_the_table_says_what_the_registry_says():
     lines = _table.ops_table().splitlines()
     assert len(lines) == 2 + len(_table.OPS)
     for line, row in zip(lines[2:], _table.OPS.values(), strict=True):
-        name, summary, cpu, cuda, gradient, _ = line.strip("| ").split(" | ")
+        name, summary, cpu, cuda, tested, gradient, _ = line.strip("| ").split(" | ")
         assert (name, summary) == (f"`{row.name}`", row.summary)
         assert cpu.split(", ") == ["float32", "bfloat16", "float16", "float64"]
-        assert ("CPU only" in cuda) == (not row.cuda)
+        assert cuda == ("float32, bfloat16, float16" if row.cuda else "none")
+        assert (tested == "–") == (not row.cuda)
         assert gradient == ("yes" if row.differentiable else "no")
 
 

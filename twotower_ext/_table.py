@@ -1,4 +1,4 @@
-"""The table of ops in README.md, made from the registry: `python -m twotower_ext._table [--write README.md]`."""
+"""The table of ops in README.md, of registry and result files: `python -m twotower_ext._table [--write README.md]`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from twotower_ext._evidence import evidence
 from twotower_ext.registry import CPU_DTYPES, CUDA_DTYPES, OPS, OpRow
 
 BEGIN, END = "<!-- ops:begin -->", "<!-- ops:end -->"
-HEADER = ("op", "what it computes", "CPU dtypes", "CUDA", "gradient", "`torch.compile`")
+HEADER = ("op", "what it computes", "CPU dtypes", "CUDA dtypes", "evidence on CUDA", "gradient", "`torch.compile`")
 
 
 def ops_table() -> str:
@@ -21,10 +22,10 @@ def ops_table() -> str:
 
 
 def _cells(row: OpRow) -> tuple[str, ...]:
-    cuda = f"{_names(CUDA_DTYPES)}; compiled, not yet run on a GPU" if row.cuda else "CPU only"
+    cuda, tested = (_names(CUDA_DTYPES), evidence(row.name)) if row.cuda else ("none", "–")
     gradient = "yes" if row.differentiable else "no"
     # Whatever is in the registry traces: the tests run `opcheck` and `torch.compile(fullgraph=True)` on every row.
-    return f"`{row.name}`", row.summary, _names(CPU_DTYPES), cuda, gradient, "yes"
+    return f"`{row.name}`", row.summary, _names(CPU_DTYPES), cuda, tested, gradient, "yes"
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:

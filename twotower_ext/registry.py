@@ -164,12 +164,12 @@ _ROWS = (
     OpRow(
         "moe_route", "moe", "sigmoid router with correction bias, top-k, renormalised weights",
         _samples.moe_route, batched=("x",),
-        flops=lambda s: 2 * s.args[0].shape[0] * s.args[1].numel(),
+        flops=lambda s: 2 * s.args[0].shape[0] * s.args[1].numel(), cuda=True,
     ),
     OpRow(
         "moe_experts", "moe", "grouped two-matrix experts with relu² or gated SiLU, plus a shared expert",
         _samples.moe_experts, batched=("x", "expert_ids", "expert_weights"),
-        flops=_expert_flops, weights_read=_touched_experts, tolerance=EXPERTS_TOLERANCE,
+        flops=_expert_flops, weights_read=_touched_experts, tolerance=EXPERTS_TOLERANCE, cuda=True,
     ),
     OpRow(
         "block_attention", "attention", "attention of a block over a cached context and itself",
@@ -184,7 +184,7 @@ _ROWS = (
     OpRow(
         "denoise_commit", "commit", "one mask-diffusion step: predict, sample, threshold, commit",
         _samples.denoise_commit, batched=("logits", "block", "step", "seed", "offset"),
-        flops=lambda s: 3 * s.args[0].numel(), differentiable=False,
+        flops=lambda s: 3 * s.args[0].numel(), differentiable=False, cuda=True,
     ),
     OpRow(
         "lm_head_commit", "commit", "the same fused with the language-model head: no logits in memory",

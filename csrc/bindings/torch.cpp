@@ -143,7 +143,11 @@ void implement(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(twotower, m) {
+// TWOTOWER_LIBRARY is the namespace of torch.ops: twotower, or that of the emulated library of the tests.
+#define TWOTOWER_REGISTER(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define TWOTOWER_IMPLEMENT(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+
+TWOTOWER_REGISTER(TWOTOWER_LIBRARY, m) {
   m.def(
       "rms_norm(Tensor x, Tensor weight, Tensor? shift, Tensor? scale, Tensor? delta, Tensor? gate, float eps, "
       "str modulate) -> (Tensor, Tensor?)");
@@ -182,10 +186,10 @@ STABLE_TORCH_LIBRARY(twotower, m) {
   m.def("_stream_read(Tensor buffer) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(twotower, CPU, m) {
+TWOTOWER_IMPLEMENT(TWOTOWER_LIBRARY, CPU, m) {
   implement(m);
 }
-STABLE_TORCH_LIBRARY_IMPL(twotower, CUDA, m) {
+TWOTOWER_IMPLEMENT(TWOTOWER_LIBRARY, CUDA, m) {
   implement(m);
 }
 

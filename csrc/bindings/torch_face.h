@@ -21,6 +21,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// The emulated library of the tests takes the host's tensors for a GPU's, so that all checks are those of CUDA.
+#if defined(TWOTOWER_EMULATED)
+constexpr Device::Type kHostTensors = Device::Type::cuda;
+#else
+constexpr Device::Type kHostTensors = Device::Type::cpu;
+#endif
+
 inline std::optional<DType> dtype_of(ScalarType t) {
   switch (t) {
     case ScalarType::Float:
@@ -90,7 +97,7 @@ class TorchFace final : public Face {
     v.data = const_cast<void*>(t.const_data_ptr());
     v.dtype = *dtype;
     v.ndim = static_cast<int>(t.dim());
-    v.device.type = type == DeviceType::CPU    ? Device::Type::cpu
+    v.device.type = type == DeviceType::CPU    ? kHostTensors
                     : type == DeviceType::CUDA ? Device::Type::cuda
                                                : Device::Type::other;
     v.device.index = type == DeviceType::CPU ? 0 : t.device().index();
@@ -115,6 +122,10 @@ class TorchFace final : public Face {
         torch::stable::empty({shape.begin(), shape.size()}, scalar_type_of(dtype), std::nullopt, device_);
     return describe("output", *outputs_[slot]);
   }
+  void* workspace(int64_t bytes) override {
+    return copies_.emplace_back(torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, device_))
+        .mutable_data_ptr();
+  }
   void* stream() const override { return stream_; }
 
   const Tensor& result(int slot) const { return outputs_.at(slot).value(); }
@@ -129,7 +140,7 @@ class TorchFace final : public Face {
   torch::stable::Device device_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   void* stream_ = nullptr;
-  std::deque<Tensor> copies_;
+  std::deque<Tensor> copies_;  // and workspace
   std::array<OptionalTensor, 5> outputs_;
 };
 

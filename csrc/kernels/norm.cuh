@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../params.h"
-#include "../simt/vector.h"
+#include "../simt/tile.h"
 
 namespace twotower::kernels {
 

@@ -117,22 +117,26 @@ E choose(const Check& check, const char* arg, std::string_view given, std::initi
   check.fail(arg, expected.c_str(), "'", given, "'");
 }
 
-// The CUDA launcher of an op, or null where this build has none.
+// A function of the CUDA backend, or null where this build has none.
 #if defined(TWOTOWER_WITH_CUDA)
-#define TWOTOWER_CUDA_LAUNCHER(f) (&f)
+#define TWOTOWER_CUDA(f) (&f)
 #else
-#define TWOTOWER_CUDA_LAUNCHER(f) nullptr
+#define TWOTOWER_CUDA(f) nullptr
 #endif
 
-// Runs the kernel of the device that holds the anchor.
+// Runs the kernel of the device that holds the anchor; a CUDA kernel with a workspace gets it from the face.
 template <class P>
-void launch(const Check& check, const Face& face, const P& params, void (*cpu)(const P&),
-            std::type_identity_t<void (*)(const P&, void*)> cuda) {
+void launch(const Check& check, Face& face, P params, void (*cpu)(const P&),
+            std::type_identity_t<void (*)(const P&, void*)> cuda,
+            std::type_identity_t<int64_t (*)(const P&)> workspace = nullptr) {
   if (check.on_cpu()) return cpu(params);
-  if (cuda) return cuda(params, face.stream());
-  throw std::runtime_error(std::string(check.op()) + ": no CUDA kernel for " + check.anchor().device.name() +
-                           cuda::architecture_of(check.anchor().device.index) + " in this build (" +
-                           cuda_build_description() + "); use CPU tensors");
+  if (!cuda)
+    throw std::runtime_error(std::string(check.op()) + ": no CUDA kernel for " + check.anchor().device.name() +
+                             cuda::architecture_of(check.anchor().device.index) + " in this build (" +
+                             cuda_build_description() + "); use CPU tensors");
+  if constexpr (requires { params.workspace; })
+    if (workspace) params.workspace = face.workspace(workspace(params));
+  cuda(params, face.stream());
 }
 
 }  // namespace twotower::ops

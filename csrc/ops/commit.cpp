@@ -84,7 +84,8 @@ void denoise_commit(Face& face, View logits, View block, View step, View seed, V
   CommitParams p = commit_params(check, face, B, L, V, block, step, seed, offset, settings);
   if (B == 0) return;
   p.logits = rows<2>(logits);
-  launch(check, face, p, cpu::kernels().denoise_commit, nullptr);
+  launch(check, face, p, cpu::kernels().denoise_commit, TWOTOWER_CUDA(cuda::denoise_commit),
+         TWOTOWER_CUDA(cuda::denoise_commit_workspace));
 }
 
 void lm_head_commit(Face& face, View hidden, View weight, View block, View step, View seed, View offset,

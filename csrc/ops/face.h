@@ -11,6 +11,8 @@ class Face {
  public:
   // A new contiguous, uninitialised tensor on `device`; `slot` is its place among the op's results.
   virtual TensorView output(int slot, DType dtype, Device device, std::initializer_list<int64_t> shape) = 0;
+  // Uninitialised device memory for the kernels of this call; it begins at a multiple of 256 bytes.
+  virtual void* workspace(int64_t bytes) = 0;
   virtual void* stream() const { return nullptr; }  // the CUDA stream to enqueue on
 
  protected:

@@ -45,7 +45,8 @@ void moe_route(Face& face, View x, View gate_weight, View correction_bias, int64
                       .correction_bias = rows<0>(correction_bias),
                       .expert_ids = rows<1>(ids),
                       .expert_weights = rows<1>(weights)};
-  launch(check, face, p, cpu::kernels().moe_route, nullptr);
+  launch(check, face, p, cpu::kernels().moe_route, TWOTOWER_CUDA(cuda::moe_route),
+         TWOTOWER_CUDA(cuda::moe_route_workspace));
 }
 
 void moe_experts(Face& face, View x, View expert_ids, View expert_weights, View up, View down, View shared_up,
@@ -113,7 +114,8 @@ void moe_experts(Face& face, View x, View expert_ids, View expert_weights, View 
                         .shared_up = rows<1>(shared_up),
                         .shared_down = rows<1>(shared_down),
                         .y = rows<1>(y)};
-  launch(check, face, p, cpu::kernels().moe_experts, nullptr);
+  launch(check, face, p, cpu::kernels().moe_experts, TWOTOWER_CUDA(cuda::moe_experts),
+         TWOTOWER_CUDA(cuda::moe_experts_workspace));
 }
 
 }  // namespace twotower::ops

@@ -45,7 +45,7 @@ void rms_norm(Face& face, View x, View weight, View shift, View scale, View delt
                         .weight = rows<0>(weight),
                         .h = rows<2>(h),
                         .normed = rows<2>(normed)};
-  launch(check, face, p, cpu::kernels().rms_norm, TWOTOWER_CUDA_LAUNCHER(cuda::rms_norm));
+  launch(check, face, p, cpu::kernels().rms_norm, TWOTOWER_CUDA(cuda::rms_norm));
 }
 
 void gated_group_rms_norm(Face& face, View y, View z, View weight, int64_t group_size, double eps) {

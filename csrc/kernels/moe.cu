@@ -1,0 +1,111 @@
+// moe_experts: lays out the workspace, picks a tile, and launches the sort and the products for one pass after the
+// other.
+#include <algorithm>
+#include <span>
+
+#include "launcher.h"
+#include "moe.cuh"
+
+namespace twotower::cuda {
+namespace {
+
+using kernels::ceil_div;
+using kernels::ExpertsPass;
+
+constexpr const char* kOp = "moe_experts";
+// A pass reads every visited expert's weights once; its size bounds the workspace (220 MB for 6 slots, D 2688, F 1856).
+constexpr int64_t kPassTokens = 2048, kPassPairs = 8 * kPassTokens;
+constexpr int64_t kMaxWidth = 1 << 22;  // of D, F, shared_F and k: items are counted in 32 bits
+
+// How the products are cut up; a result does not depend on it. `most`: on average, the tokens that one row of weights
+// serves, up to which the tile is chosen.
+struct Tile {
+  int rows, tokens, warps_m, warps_n, stages;
+  int64_t most;
+};
+constexpr Tile kTensorTiles[] = {
+    // Decoding: reading weights takes all the time. 24 KB of them are under way in a block, 4 or 5 blocks fit an SM.
+    {64, 16, 4, 1, 4, 8},
+    // Some hundred tokens: still the weights, but tokens come from L2 half as often in tiles of twice the rows.
+    {128, 64, 4, 1, 3, 64},
+    // Prefill: a warp's 64 x 64 asks little of shared memory, the block's 256 x 128 little of L2.
+    {256, 128, 4, 2, 3, INT64_MAX},
+    // The same where a block may have only 99 KB (sm_86, sm_89, sm_120), with tensor cores slow enough for two stages.
+    {256, 128, 4, 2, 2, INT64_MAX},
+};
+// float32 and float16 do one or both products without tensor cores: larger tiles would gain nothing.
+constexpr Tile kPlainTiles[] = {{64, 16, 4, 1, 4, 8}, {64, 64, 4, 1, 3, INT64_MAX}};
+template <class T>
+constexpr std::span<const Tile> kTiles = kPlainTiles;
+template <>
+constexpr std::span<const Tile> kTiles<simt::bfloat16> = kTensorTiles;
+
+// Bytes of shared memory that a block may have.
+int64_t shared_limit() {
+  const int capability = simt::compute_capability(simt::current_device(kOp));
+  return (capability == 80 || capability == 90 || capability == 100 ? 163 : 99) << 10;
+}
+
+int64_t pass_tokens(const ExpertsParams& p) {
+  return std::min({p.T, kPassTokens, std::max<int64_t>(kPassPairs / std::max<int64_t>(p.k, 1), 1)});
+}
+
+template <class Traits>
+void launch_pass(const ExpertsParams& p, ExpertsPass pass, void* stream) {
+  using T = typename Traits::T;
+  constexpr auto kKernel = kernels::moe_experts_kernel<Traits>;
+  constexpr size_t kShared = sizeof(kernels::ExpertsSmem<Traits>);
+  pass.tile_rows = Traits::kTokens;
+  pass.x_aligned = aligned<T>(p.x);
+  pass.up_aligned = aligned<T>(p.up) && aligned<T>(p.shared_up);
+  pass.down_aligned = aligned<T>(p.down) && aligned<T>(p.shared_down);
+  pass.y_aligned = aligned<T>(p.y);
+  simt::launch(kOp, kernels::sort_pairs_kernel, p.E + 1, kernels::kSortThreads, 0, stream, p, pass);
+  // No more blocks than either product has items.
+  const int64_t tiles =
+      std::min(pass.pairs, p.E + pass.pairs / Traits::kTokens) + ceil_div(pass.tokens, Traits::kTokens);
+  const int64_t items = tiles * ceil_div(2 * std::max({p.D, p.F, p.shared_F}), Traits::kRows);
+  const int64_t blocks = std::min(simt::coresident_blocks<kKernel>(kOp, Traits::kThreads, kShared), items);
+  simt::launch_coresident(kOp, kKernel, blocks, Traits::kThreads, kShared, stream, p, pass);
+}
+
+template <class T, int kIndex = 0>
+void choose_tile(const ExpertsParams& p, const ExpertsPass& pass, void* stream) {
+  constexpr Tile kTile = kTiles<T>[kIndex];
+  using Traits = kernels::ExpertsTraits<T, kTile.rows, kTile.tokens, kTile.warps_m, kTile.warps_n, kTile.stages>;
+  if constexpr (kIndex + 1 < kTiles<T>.size()) {
+    const int64_t rows = std::min(p.E, pass.pairs) * p.F + p.shared_F;  // of weights, each counted once and a token
+    const int64_t served = pass.pairs * p.F + pass.tokens * p.shared_F;
+    if (served > kTile.most * rows || sizeof(kernels::ExpertsSmem<Traits>) > shared_limit())
+      return choose_tile<T, kIndex + 1>(p, pass, stream);
+  }
+  launch_pass<Traits>(p, pass, stream);
+}
+
+void require_at_most(int64_t most, int64_t got, const char* what) {
+  if (got > most)
+    throw std::invalid_argument(std::string(kOp) + ": " + what + " at most " + std::to_string(most) + ", got " +
+                                std::to_string(got));
+}
+
+}  // namespace
+
+int64_t moe_experts_workspace(const ExpertsParams& p) {
+  return kernels::lay_out_pass(p, pass_tokens(p)).second;
+}
+
+void moe_experts(const ExpertsParams& p, void* stream) {
+  require_supported_device(kOp);
+  require_at_most(kernels::kMaxExperts, p.E, "up must have a number of experts of");
+  require_at_most(kMaxWidth, std::max({p.D, p.F, p.shared_F, p.k}),
+                  "x, up, shared_up and expert_ids must have widths of");
+  for_dtype(kOp, p.dtype, [&]<class T>(std::type_identity<T>) {
+    for (int64_t first = 0, step = pass_tokens(p); first < p.T; first += step) {
+      ExpertsPass pass = kernels::lay_out_pass(p, std::min(step, p.T - first)).first;
+      pass.first = first;
+      choose_tile<T>(p, pass, stream);
+    }
+  });
+}
+
+}  // namespace twotower::cuda

@@ -1,0 +1,239 @@
+// The experts' two products on the GPU, in one persistent launch. Blocks take items (expert, weight rows, token tile)
+// from a queue: first all of h = activation(up x), then all of out = down h; then they share out y = the weighted sum
+// of out. An item's weights are the m16 operand and its tokens the n8 operand of mma.sync, so that few tokens waste
+// little.
+//
+// No wait can deadlock: all blocks are on the device. An item of the first product waits for nothing, so all of them
+// are finished. A block takes up the second product when it has finished its items of the first, and waits for such
+// items alone, so all of the second product's are finished too; the sums wait for those and come last.
+//
+// A token's result depends on nothing but the token: each element of a product adds its terms in steps of kColumns, the
+// same in every tile, and the sum over a token's experts goes by slot.
+#pragma once
+
+#include <type_traits>
+
+#include "moe_products.cuh"
+
+namespace twotower::kernels {
+
+// A tile of kRows rows of weights and kTokens tokens, shared out over kWarpsM x kWarpsN warps.
+template <class T_, int kRows_, int kTokens_, int kWarpsM_, int kWarpsN_, int kStages_>
+struct ExpertsTraits {
+  using T = T_;
+  // What h is kept as. In float16 a square would overflow easily.
+  using Hidden = std::conditional_t<std::is_same_v<T, simt::bfloat16>, T, float>;
+  static constexpr int kRows = kRows_, kTokens = kTokens_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kStages = kStages_;
+  static constexpr int kThreads = kWarpsM * kWarpsN * simt::kWarp;
+  static constexpr int kColumns = 128 / sizeof(T);  // of K in a step: 128 bytes of each row of weights
+  static constexpr int kM = kRows / kWarpsM / 16, kN = kTokens / kWarpsN / 8;  // a warp's fragments
+  static_assert(kRows % (16 * kWarpsM) == 0 && kTokens % (16 * kWarpsN) == 0 && kStages >= 2);
+  using Accumulators = simt::Fragments<kM, kN>;
+
+  __device__ static int warp_m() { return simt::warp() % kWarpsM; }
+  __device__ static int warp_n() { return simt::warp() / kWarpsM; }
+  __device__ static int warp_row() { return warp_m() * kM * 16; }   // its first row of the tile of weights
+  __device__ static int warp_token() { return warp_n() * kN * 8; }  // its first row of the tile of tokens
+  // Which token of the item stands in a row of the tile: the warps take fragments of 8 tokens in turn, so that a tile
+  // that is filled in part is equal work for all.
+  __device__ static int token_in_row(int row) { return (row % (kN * 8) / 8 * kWarpsN + row / (kN * 8)) * 8 + row % 8; }
+};
+
+// kColumns columns of an item's weights and tokens.
+template <class Traits, class Operand>
+struct ExpertsStage {
+  simt::SharedTile<typename Traits::T, Traits::kRows, Traits::kColumns> weights;
+  simt::SharedTile<Operand, Traits::kTokens, Traits::kColumns> tokens;
+};
+
+template <class Traits>
+struct ExpertsSmem {
+  union {  // one product at a time
+    ExpertsStage<Traits, typename Traits::T> up[Traits::kStages];
+    ExpertsStage<Traits, typename Traits::Hidden> down[Traits::kStages];
+  };
+  ExpertsItem next;
+  int operand[Traits::kTokens];  // of the next item's tokens: operand_index, -1 for none
+};
+
+// What the steps of an item are copied from, as far as this thread copies it.
+template <class Traits, class Product>
+struct ItemSource {
+  using Stage = ExpertsStage<Traits, typename Product::Operand>;
+  using WeightCopies = simt::RowCopies<Traits::kThreads, decltype(Stage::weights)>;
+  using TokenCopies = simt::RowCopies<Traits::kThreads, decltype(Stage::tokens)>;
+  static_assert(WeightCopies::kPass % 16 == 0, "so that a thread has gate rows alone or value rows alone");
+
+  int columns, steps;
+  const typename Traits::T* weights;  // the first row of weights; the next are weights_step elements apart
+  int64_t weights_step;
+  const typename Product::Operand* tokens[TokenCopies::kCount];
+  uint32_t weights_present, tokens_present;  // bit i: there is an i-th row
+
+  // Takes the next item and starts its first steps.
+  __device__ void open(const Product& product, const ExpertsSmem<Traits>& smem, Stage (&stages)[Traits::kStages]) {
+    const ExpertsItem item = smem.next;
+    columns = product.columns(item.expert);
+    steps = columns > 0 ? ceil_div(columns, Traits::kColumns) : 1;  // the empty sum: a step of zeros
+    const int row = WeightCopies::row(0), output = product.output(item, row);
+    const int outputs = product.outputs_of_rows(WeightCopies::kPass);
+    weights = product.weight_row(item, row);
+    weights_step = int64_t{outputs} * columns;
+    weights_present = tokens_present = 0;
+    SIMT_UNROLL
+    for (int i = 0; i < WeightCopies::kCount; ++i)
+      weights_present |= uint32_t{output + i * outputs < product.outputs(item.expert)} << i;
+    SIMT_UNROLL
+    for (int i = 0; i < TokenCopies::kCount; ++i) {
+      const int index = smem.operand[Traits::token_in_row(TokenCopies::row(i))];
+      tokens[i] = product.operand_row(item, index < 0 ? 0 : index);
+      tokens_present |= uint32_t{index >= 0} << i;
+    }
+    SIMT_UNROLL_BY(1)
+    for (int s = 0; s < Traits::kStages - 1; ++s) start(product, stages[s], s);
+  }
+  // Starts the copies of a step as one group of cp.async, an empty one behind the last step.
+  __device__ void start(const Product& product, Stage& stage, int step) const {
+    if (step < steps) {
+      const int column = step * Traits::kColumns;
+      const typename Traits::T* from[WeightCopies::kCount] = {weights + column};
+      SIMT_UNROLL
+      for (int i = 1; i < WeightCopies::kCount; ++i) from[i] = from[i - 1] + weights_step;
+      WeightCopies::start(stage.weights, columns - column, product.weights_aligned(), weights_present,
+                          [&](int i) { return from[i]; });
+      TokenCopies::start(stage.tokens, columns - column, product.tokens_aligned(), tokens_present,
+                         [&](int i) { return tokens[i] + column; });
+    }
+    simt::cp_async_commit();
+  }
+};
+
+// The first warp: looks up item `index`, and waits until its operands are there.
+template <class Traits, class Product>
+__device__ void prepare(const Product& product, ExpertsSmem<Traits>& smem, int index) {
+  const ExpertsItem item = product.find(index);
+  if (item.expert >= 0)
+    for (int i = simt::lane(); i < Traits::kTokens; i += simt::kWarp)
+      smem.operand[i] = i < item.count ? product.operand_index(item, item.row + i) : -1;
+  if (simt::lane() == 0) {
+    smem.next = item;
+    if (item.expert >= 0) product.wait(item);
+  }
+}
+// The same for the next item that no block has taken.
+template <class Traits, class Product>
+__device__ void prepare_next(const Product& product, ExpertsSmem<Traits>& smem) {
+  uint32_t taken = 0;
+  if (simt::lane() == 0) taken = simt::atomic_add(product.taken(), 1u);
+  prepare<Traits>(product, smem, static_cast<int>(simt::block_count() + simt::shuffle(taken, 0)));
+}
+
+// acc += weights tokens over one step, for as many of the warp's fragments of tokens as hold any: `used` rounded up to
+// a quarter of them.
+template <class Traits, int kUsed = Traits::kN, class Stage>
+__device__ void multiply_used(typename Traits::Accumulators& acc, const Stage& stage, int used) {
+  constexpr int kQuarter = Traits::kN > 4 ? Traits::kN / 4 : 1;
+  if constexpr (kUsed > 0) {
+    if (used <= kUsed - kQuarter) return multiply_used<Traits, kUsed - kQuarter>(acc, stage, used);
+    simt::multiply<kUsed>(acc, stage.weights, Traits::warp_row(), stage.tokens, Traits::warp_token());
+  }
+}
+
+// All items of one product. Copies run kStages - 1 steps ahead; an item's first are started before the item before it
+// is stored.
+template <class Traits, class Product, class Stage>
+__device__ void run(const Product& product, ExpertsSmem<Traits>& smem, Stage (&stages)[Traits::kStages]) {
+  constexpr int kStages = Traits::kStages;
+  ExpertsItem item{.expert = -1};
+  ItemSource<Traits, Product> source;
+  typename Traits::Accumulators acc;
+  if (simt::warp() == 0) prepare<Traits>(product, smem, static_cast<int>(simt::block_index()));
+  for (;;) {
+    simt::block_sync();  // the next item is known, and all are done with all stages
+    const ExpertsItem next = smem.next;
+    if (next.expert >= 0) source.open(product, smem, stages);
+    if (item.expert >= 0) {
+      product.store(item, acc, stages[kStages - 1].weights.data);  // scratch: the stage that `open` leaves free
+      simt::block_sync();
+      if (simt::thread_index() == 0) simt::signal(product.ready(item));
+    }
+    if (next.expert < 0) return;
+    item = next;
+
+    acc.zero();
+    const int used = product.used_fragments(item);
+    int stage = 0;
+    for (int step = 0; step < source.steps; ++step) {
+      simt::cp_async_wait<kStages - 2>();
+      simt::block_sync();  // the step's data is there, and all are done with the step before, whose stage is refilled
+      source.start(product, stages[stage == 0 ? kStages - 1 : stage - 1], step + kStages - 1);
+      if (step == 0 && simt::warp() == 0) prepare_next<Traits>(product, smem);
+      multiply_used<Traits>(acc, stages[stage], used);
+      stage = stage == kStages - 1 ? 0 : stage + 1;
+    }
+  }
+}
+
+// y of the pass: each thread sums kVector columns of a token over its slots, in their order, then the shared expert.
+template <class Traits>
+__device__ void combine(const ExpertsParams& p, const ExpertsPass& pass) {
+  using T = typename Traits::T;
+  constexpr int kVector = 4, kSlots = 8;  // as many loads in flight
+  using Sum = simt::Vector<float, kVector>;
+  constexpr int kSlice = Traits::kThreads * kVector;  // columns of a token that a block sums at a time
+  const int slices = static_cast<int>(ceil_div(p.D, kSlice));
+  const int64_t stride = padded(p.D);
+  for (int i = static_cast<int>(simt::block_index()); i < pass.tokens * slices;
+       i += static_cast<int>(simt::block_count())) {
+    const int token = i / slices, column = i % slices * kSlice + simt::thread_index() * kVector;
+    if (column >= p.D) continue;
+    const float* weights = p.expert_weights.at<const float>(pass.first + token);
+    const int32_t* rows = pass.row_of + token * p.k;
+    Sum sum{};
+    for (int first = 0; first < p.k; first += kSlots) {
+      int row[kSlots];
+      Sum out[kSlots];
+      SIMT_UNROLL
+      for (int s = 0; s < kSlots; ++s) row[s] = first + s < p.k ? rows[first + s] : -1;
+      SIMT_UNROLL
+      for (int s = 0; s < kSlots; ++s)
+        out[s] = row[s] < 0 ? Sum{} : simt::load<float, kVector>(pass.out + row[s] * stride + column);
+      SIMT_UNROLL
+      for (int s = 0; s < kSlots; ++s) {
+        if (row[s] < 0) continue;
+        SIMT_UNROLL
+        for (int j = 0; j < kVector; ++j) sum.at[j] += weights[first + s] * out[s].at[j];
+      }
+    }
+    if (p.shared_F > 0) {
+      const Sum out = simt::load<float, kVector>(pass.out + (pass.pairs + token) * stride + column);
+      for (int j = 0; j < kVector; ++j) sum.at[j] += out.at[j];
+    }
+    simt::Vector<T, kVector> y;
+    for (int j = 0; j < kVector; ++j) y.at[j] = T(sum.at[j]);
+    T* to = p.y.at<T>(pass.first + token) + column;
+    const int64_t left = p.D - column;
+    if (pass.y_aligned) {
+      simt::store_part(to, y, left);
+    } else {
+      for (int j = 0; j < kVector; ++j)
+        if (j < left) to[j] = y.at[j];
+    }
+  }
+}
+
+template <class Traits>  // 256 threads an SM may take all registers
+__global__ void __launch_bounds__(Traits::kThreads, 256 / Traits::kThreads)
+    moe_experts_kernel(const ExpertsParams p, const ExpertsPass pass) {
+  auto& smem = simt::dynamic_shared<ExpertsSmem<Traits>>();
+  const UpProduct<Traits> up{{p, pass}};
+  const DownProduct<Traits> down{{p, pass}};
+  run<Traits>(up, smem, smem.up);
+  simt::block_sync();  // all are done with the shared memory
+  run<Traits>(down, smem, smem.down);
+  if (simt::thread_index() == 0) down.wait_for_all();
+  simt::block_sync();
+  combine<Traits>(p, pass);
+}
+
+}  // namespace twotower::kernels

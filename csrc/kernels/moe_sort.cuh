@@ -1,0 +1,159 @@
+// Sorts (token, slot) pairs by expert without the host: a stable counting sort, one block an expert. Its result depends
+// on the pairs alone, whatever the order of threads.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "../params.h"
+#include "../simt/tile.h"
+
+namespace twotower::kernels {
+
+// One pass over a bounded number of tokens, and its arrays in the workspace. A "row" is a pair in expert order: the
+// pairs of expert 0 as they come, then those of expert 1, ...; rows [pairs, pairs + tokens) are the shared expert's,
+// token by token. The shared expert has number E.
+struct ExpertsPass {
+  int64_t first, tokens;  // tokens [first, first + tokens) of the call
+  int64_t pairs;          // tokens * k
+  int tile_rows;          // rows of a token tile; no tile has rows of two experts
+  int32_t* token_of;      // [pairs] row -> token of the pass
+  int32_t* row_of;        // [tokens, k] pair -> row; -1 where there is no such expert
+  int32_t* start;         // [E + 1] expert -> its first row; of E: the end of the rows of all others
+  int32_t* tiles;         // [E + 1] expert -> token tiles of the experts before it
+  int32_t* expert_of;     // [tiles[E]] token tile -> expert
+  uint32_t* up_ready;     // [E + 1] expert -> finished items of its first product
+  uint32_t* down_ready;   // [1] finished items of all second products
+  uint32_t* taken;        // [2] items that blocks have taken from the queue of each product
+  void* hidden;           // [pairs, F], then [tokens, shared_F], rows padded: what the first product gives
+  float* out;             // [pairs + tokens, D], rows padded: what the second product gives
+  // Whether all rows start at multiples of 16 bytes (up and down: those of the shared expert too).
+  bool x_aligned, up_aligned, down_aligned, y_aligned;
+};
+
+template <class T>
+TWOTOWER_HD constexpr T ceil_div(T a, std::type_identity_t<T> b) {
+  return (a + b - 1) / b;
+}
+
+// Rows of `hidden` and `out` start at multiples of 8 elements, at least 16 bytes.
+TWOTOWER_HD constexpr int64_t padded(int64_t columns) {
+  return ceil_div(columns, 8) * 8;
+}
+
+// A pass of `tokens` tokens with its arrays laid out in the workspace; and how many bytes they take.
+inline std::pair<ExpertsPass, int64_t> lay_out_pass(const ExpertsParams& p, int64_t tokens) {
+  ExpertsPass pass{.first = 0, .tokens = tokens, .pairs = tokens * p.k};
+  int64_t used = 0;
+  const auto take = [&]<class T>(T*& array, int64_t bytes) {
+    array = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p.workspace) + used);
+    used += ceil_div(bytes, 256) * 256;
+  };
+  const int64_t hidden = pass.pairs * padded(p.F) + tokens * padded(p.shared_F);
+  take(pass.token_of, pass.pairs * sizeof(int32_t));
+  take(pass.row_of, pass.pairs * sizeof(int32_t));
+  take(pass.start, (p.E + 1) * sizeof(int32_t));
+  take(pass.tiles, (p.E + 1) * sizeof(int32_t));
+  take(pass.expert_of, pass.pairs * sizeof(int32_t));
+  take(pass.up_ready, (p.E + 1) * sizeof(uint32_t));
+  take(pass.down_ready, sizeof(uint32_t));
+  take(pass.taken, 2 * sizeof(uint32_t));
+  take(pass.hidden, hidden * (p.dtype == DType::bf16 ? 2 : 4));
+  take(pass.out, (pass.pairs + tokens) * padded(p.D) * sizeof(float));
+  return {pass, used};
+}
+
+constexpr int kMaxExperts = 4096;  // a counter each in a block's shared memory
+constexpr int kSortThreads = 256;  // 12288 pairs (2048 tokens, 6 slots) are 48 a thread
+
+// Where row i of the sorted pairs ends up needs three numbers: the pairs of smaller experts, those of its own expert in
+// the stretches of the block's earlier warps, and those before it in its own warp's stretch.
+struct SortSmem {
+  static constexpr int kWarps = kSortThreads / simt::kWarp;
+  uint32_t (&pairs_of)[kMaxExperts];  // by expert
+  uint32_t (&partial)[2 * kWarps];
+  int (&hits)[kWarps];  // pairs of the block's expert in each warp's stretch
+};
+
+// The expert of a pair of the pass, or -1 where there is no such expert.
+__device__ inline int expert_of_pair(const ExpertsParams& p, const ExpertsPass& pass, int pair) {
+  const int k = static_cast<int>(p.k), token = pair / k, slot = pair % k;
+  const int64_t id = p.id_dtype == DType::i32 ? p.expert_ids.at<const int32_t>(pass.first + token)[slot]
+                                              : p.expert_ids.at<const int64_t>(pass.first + token)[slot];
+  return id >= 0 && id < p.E ? static_cast<int>(id) : -1;
+}
+
+// Counts all pairs by expert, each block for itself.
+__device__ inline void count_pairs(const ExpertsParams& p, const ExpertsPass& pass, SortSmem& s) {
+  for (int e = simt::thread_index(); e < p.E; e += kSortThreads) s.pairs_of[e] = 0;
+  simt::block_sync();
+  for (int i = simt::thread_index(); i < pass.pairs; i += kSortThreads) {
+    const int e = expert_of_pair(p, pass, i);
+    if (e >= 0) simt::atomic_add(&s.pairs_of[e], 1u);
+  }
+  simt::block_sync();
+}
+
+// Writes the rows of one expert, from `row` on. Every warp scans a stretch of the pairs twice: to count the expert's,
+// and, knowing how many the warps before it found, to place them.
+__device__ inline void place_pairs(const ExpertsParams& p, const ExpertsPass& pass, SortSmem& s, int expert, int row) {
+  using simt::kWarp;
+  const int pairs = static_cast<int>(pass.pairs), stretch = ceil_div(pairs, SortSmem::kWarps * kWarp) * kWarp;
+  const int begin = simt::warp() * stretch, end = begin + stretch < pairs ? begin + stretch : pairs;
+  const auto hit = [&](int pair) { return pair < end && expert_of_pair(p, pass, pair) == expert; };
+
+  int hits = 0;
+  for (int i = begin; i < end; i += kWarp) hits += simt::population_count(simt::ballot(hit(i + simt::lane())));
+  if (simt::lane() == 0) s.hits[simt::warp()] = hits;
+  simt::block_sync();
+  for (int w = 0; w < simt::warp(); ++w) row += s.hits[w];
+
+  for (int i = begin; i < end; i += kWarp) {
+    const int pair = i + simt::lane();
+    const bool mine = hit(pair);
+    const uint32_t bits = simt::ballot(mine), before = bits & ((1u << simt::lane()) - 1);
+    if (mine) {
+      const int at = row + simt::population_count(before);
+      pass.token_of[at] = pair / static_cast<int>(p.k);
+      pass.row_of[pair] = at;
+    }
+    row += simt::population_count(bits);
+  }
+}
+
+// Block e < E writes what concerns expert e; block E the totals, the pairs of no expert and the zeroed counters.
+__global__ void __launch_bounds__(kSortThreads) sort_pairs_kernel(const ExpertsParams p, const ExpertsPass pass) {
+  SIMT_SHARED(uint32_t, pairs_of, kMaxExperts);
+  SIMT_SHARED(uint32_t, partial, 2 * SortSmem::kWarps);
+  SIMT_SHARED(int, hits, SortSmem::kWarps);
+  SortSmem s{pairs_of, partial, hits};
+  const int expert = static_cast<int>(simt::block_index());
+  const auto add = [](uint32_t a, uint32_t b) { return a + b; };
+  const auto tiles_of = [&](int e) { return static_cast<uint32_t>(ceil_div(s.pairs_of[e], pass.tile_rows)); };
+
+  count_pairs(p, pass, s);
+  uint32_t rows_before = 0, tiles_before = 0;
+  for (int e = simt::thread_index(); e < expert; e += kSortThreads) {
+    rows_before += s.pairs_of[e];
+    tiles_before += tiles_of(e);
+  }
+  rows_before = simt::block_reduce<kSortThreads>(rows_before, s.partial, add);
+  tiles_before = simt::block_reduce<kSortThreads>(tiles_before, s.partial + SortSmem::kWarps, add);
+  if (simt::thread_index() == 0) {
+    pass.start[expert] = static_cast<int32_t>(rows_before);
+    pass.tiles[expert] = static_cast<int32_t>(tiles_before);
+    pass.up_ready[expert] = 0;
+  }
+
+  if (expert < p.E) {
+    const int tiles = static_cast<int>(tiles_of(expert));
+    for (int i = simt::thread_index(); i < tiles; i += kSortThreads) pass.expert_of[tiles_before + i] = expert;
+    place_pairs(p, pass, s, expert, rows_before);
+  } else {
+    if (simt::thread_index() == 0) *pass.down_ready = 0, pass.taken[0] = 0, pass.taken[1] = 0;
+    for (int i = simt::thread_index(); i < pass.pairs; i += kSortThreads)
+      if (expert_of_pair(p, pass, i) < 0) pass.row_of[i] = -1;
+  }
+}
+
+}  // namespace twotower::kernels

@@ -1,0 +1,126 @@
+"""Bugs to plant in the kernels and their vocabulary, one at a time; mutate.py applies them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old`, once in `file`, becomes `new`, a bug of the kernels `ops`. `tests`, of them what pytest -k selects, may see."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    ops: tuple[str, ...]
+    tests: tuple[str, ...]
+    select: str
+
+
+def planted(file: str, ops: str, tests: str, select: str, *bugs: tuple[str, str, str]) -> tuple[Mutation, ...]:
+    """Bugs (name, old, new) of one file."""
+    files = tuple(f"test_{name}.py" for name in tests.split())
+    return tuple(Mutation(name, f"csrc/{file}", old, new, tuple(ops.split()), files, select) for name, old, new in bugs)
+
+
+NORM = planted(
+    "kernels/norm.cuh", "rms_norm", "kernels", "rms_norm",
+    ("the gate is forgotten", "float(gate.at[j]) * float(delta.at[j])", "float(delta.at[j])"),
+    (
+        "the sum of squares ends one access early",
+        "for (int64_t i = first; i < p.D; i += step) {\n    const auto h = residual",
+        "for (int64_t i = first; i + kVector < p.D; i += step) {\n    const auto h = residual",
+    ),
+    (
+        "squares of what is not yet modulated",
+        "modulate<Traits>(p, b, i, v);\n    for (int j = 0; j < kVector; ++j) squares",
+        "squares += 0;\n    for (int j = 0; j < kVector; ++j) squares",
+    ),
+    ("the modulation of another row of the batch", "p.scale.at<const T>(b) + i", "p.scale.at<const T>(0) + i"),
+    ("epsilon is divided, too", "rsqrt(mean + float(p.eps))", "rsqrt(mean + float(p.eps) / float(p.D))"),
+    ("h goes to the next row", "p.h.at<T>(b, l) + i, h)", "p.h.at<T>(b, l + 1) + i, h)"),
+)  # fmt: skip
+
+TILE = (
+    *planted(
+        "simt/tile.h", "rms_norm", "kernels", "rms_norm",
+        ("no barrier before the block's partial sums are read", "partial[warp()] = value;\n  block_sync();", "partial[warp()] = value;"),
+        ("the last warp's partial sum is left out", "for (int w = 1; w < kThreads / kWarp; ++w)", "for (int w = 1; w + 1 < kThreads / kWarp; ++w)"),
+        ("a warp's sum stops at two lanes", "mask > 0; mask /= 2", "mask > 1; mask /= 2"),
+        ("every warp's first partial sum is the first warp's", "T total = partial[0];", "T total = partial[warp()];"),
+    ),
+    *planted(
+        "simt/tile.h", "moe_experts", "kernels kernels_moe", "moe_experts and (reference or float64)",
+        ("accumulators: the wrong row of a lane", "lane() / 4 + i / 2 * 8", "lane() / 4 + i % 2 * 8"),
+        ("accumulators: the wrong column of a lane", "lane() % 4 * 2 + i % 2", "lane() % 4 + i % 2 * 4"),
+        ("ldmatrix of the weights: halves exchanged", "a.chunk(row, 2 * k + lane() / 16)", "a.chunk(row, 2 * k + 1 - lane() / 16)"),
+        ("the last 16 columns of a tile are left out", "for (int k = 0; k < A::kColumns / 16; ++k)", "for (int k = 0; k + 1 < A::kColumns / 16; ++k)"),
+    ),
+    *planted(
+        "simt/tile.h", "moe_experts", "primitives_tiles", "",
+        ("the permutation of a tile's chunks is none", "(chunk ^ (row % 8)) * kChunk", "chunk * kChunk"),
+        ("the permutation repeats every 4 rows", "(chunk ^ (row % 8)) * kChunk", "(chunk ^ (row % 4)) * kChunk"),
+        ("a softmax sum is not rescaled", "sum *= expf(max - largest);", ""),
+    ),
+)  # fmt: skip
+
+COMMIT = (
+    *planted(
+        "kernels/commit.cuh", "denoise_commit", "kernels kernels_commit", "denoise_commit and not filter",
+        ("of equal logits the highest id", "for (int i = kEach - 1; i >= 0; --i) lowest", "for (int i = 0; i < kEach; ++i) lowest"),
+        ("the tail of the vocabulary wraps to id 0", "x[i] = id < p.V ? float(row[id]) : -simt::kInfinity;", "x[i] = float(row[id < p.V ? id : 0]);"),
+        ("one id past the end is read", "x[i] = id < p.V ?", "x[i] = id <= p.V ?"),
+        ("the mask token is a candidate", "if (place_of<Traits>(i) == hidden) x[i] = -simt::kInfinity;", ""),
+        ("the mask token is sampled", "if (score > best && id != p.mask_token_id)", "if (score > best)"),
+        ("parts are added without their scale", "parts[i].sum * exp(static_cast<double>(own - max))", "parts[i].sum"),
+        ("NaN is not noticed", "max == simt::kInfinity || total != total", "max == simt::kInfinity"),
+        ("the threshold is not strict", "confidence[l] > threshold", "confidence[l] >= threshold"),
+        ("of equal confidences the lower position", "(other == own && j > l)", "(other == own && j < l)"),
+        ("the quota is rounded down", "(masked - 1) / steps_left + 1", "masked / steps_left"),
+        ("no barrier between prediction and choice", "predict_row<T, kThreads>(p, b, parts);\n  simt::block_sync();", "predict_row<T, kThreads>(p, b, parts);"),
+        ("the step of the batch's first row", "p.step.at<const int64_t>()[b]", "p.step.at<const int64_t>()[0]"),
+        ("noise of another position", "position(static_cast<uint32_t>(at.l))", "position(static_cast<uint32_t>(at.b))"),
+        ("counts share their partial sums", "block_reduce<kThreads>(usable, counts + kThreads / simt::kWarp, add)", "block_reduce<kThreads>(usable, counts, add)"),
+        ("a rejected position keeps its prediction", "if (!taken) p.new_block", "if (false) p.new_block"),
+    ),
+    *planted(
+        "kernels/commit_filter.cuh", "denoise_commit", "kernels kernels_commit", "denoise_commit and filter",
+        ("one token too many stays", "if (tokens.place(score, id) < cut) return;", "if (tokens.place(score, id) + 1 < cut) return;"),
+        ("of equal logits the highest ids stay", "((uint64_t{1} << id_bits) - 1 - id)", "static_cast<uint64_t>(id)"),
+        ("no barrier after the histogram is cleared", "shared.histogram[bin] = 0;\n    simt::block_sync();", "shared.histogram[bin] = 0;"),
+        ("no barrier before the histogram is read", "tally.flush();\n    simt::block_sync();", "tally.flush();"),
+        ("the last run of a thread is not counted", "    tally.flush();\n    simt::block_sync();", "    simt::block_sync();"),
+        ("top-p is taken of all tokens, not of top-k's", "if (place >= cut && place >> unknown", "if (place >> unknown"),
+        ("warps before are not counted", "if (w == simt::warp()) upto += total;", ""),
+    ),
+    *planted(
+        "kernels/rank.cuh", "denoise_commit moe_route", "kernels kernels_commit kernels_moe", "denoise_commit or moe_route",
+        ("negative numbers rank upside down", "bits & kSign ? ~bits : bits | kSign", "bits & kSign ? bits : bits | kSign"),
+        ("of equal ranks the higher id", "<< 32 | ~id;", "<< 32 | id;"),
+    ),
+)  # fmt: skip
+
+ROUTE = planted(
+    "kernels/route.cuh", "moe_route", "kernels kernels_moe", "moe_route",
+    ("no barrier before a tile is overwritten", "simt::block_sync();  // the tiles before have been read\n", ""),
+    ("no barrier before a tile is read", "p.E, column, p.D);\n      simt::block_sync();", "p.E, column, p.D);"),
+    ("a tile's tail holds what follows in memory", "const int64_t left = inside ? columns - column - at : 0;", "const int64_t left = inside ? kGroup : 0;"),
+    ("experts beyond the last are stored", "if (t < p.T && e < p.E) logits", "if (t < p.T && e <= p.E) logits"),
+    ("the bias weighs", "static_cast<float>(p.scaling) * scores[e] /", "static_cast<float>(p.scaling) * (scores[e] + bias[e]) /"),
+    ("the same expert is chosen again", "own < last)", "own <= last)"),
+    ("a lane's slot counts itself", "simt::population_count(all & (own - 1));", "simt::population_count(all & (own - 1 + own));"),
+)  # fmt: skip
+
+SORT = planted(
+    "kernels/moe_sort.cuh", "moe_experts", "kernels kernels_moe", "moe_experts",
+    ("no barrier before pairs are counted", "s.pairs_of[e] = 0;\n  simt::block_sync();", "s.pairs_of[e] = 0;"),
+    ("no barrier before the warps' hits are read", "s.hits[simt::warp()] = hits;\n  simt::block_sync();", "s.hits[simt::warp()] = hits;"),
+    ("earlier warps' hits are not counted", "for (int w = 0; w < simt::warp(); ++w) row += s.hits[w];", ""),
+    ("a lane counts itself", "bits & ((1u << simt::lane()) - 1)", "bits & ((2u << simt::lane()) - 1)"),
+    ("counters are not zeroed", "pass.up_ready[expert] = 0;", ""),
+    ("ids out of range are taken", "return id >= 0 && id < p.E ?", "return id >= 0 && id <= p.E ?"),
+    ("the slot is taken for the token", "token = pair / k, slot = pair % k", "token = pair % k, slot = pair / k"),
+)  # fmt: skip
+
+MUTATIONS = (*NORM, *TILE, *COMMIT, *ROUTE, *SORT)

@@ -1,0 +1,51 @@
+// Vectors in global memory: each thread moves one.
+#include "primitives.h"
+
+namespace twotower::primitives {
+namespace {
+
+constexpr int kThreads = 32;
+
+// The elements of each vector of N, in reverse.
+template <class T, int N>
+__global__ void load_store(const uint32_t* in, uint32_t* out, int64_t) {
+  const int at = N * simt::thread_index();
+  const auto v = simt::load<T, N>(reinterpret_cast<const T*>(in) + at);
+  simt::Vector<T, N> reversed;
+  for (int i = 0; i < N; ++i) reversed.at[i] = v.at[N - 1 - i];
+  simt::store(reinterpret_cast<T*>(out) + at, reversed);
+}
+
+// Thread i asks for n + i elements of its vector of N, with 7 for the others.
+template <class T, int N>
+__global__ void load_part(const uint32_t* in, uint32_t* out, int64_t n) {
+  const int thread = simt::thread_index();
+  const auto v = simt::load_part<T, N>(reinterpret_cast<const T*>(in) + N * thread, n + thread, T(7));
+  simt::store(reinterpret_cast<T*>(out) + N * thread, v);
+}
+
+// Thread i stores n + i elements of its vector of N.
+template <class T, int N>
+__global__ void store_part(const uint32_t* in, uint32_t* out, int64_t n) {
+  const int thread = simt::thread_index();
+  const auto v = simt::load<T, N>(reinterpret_cast<const T*>(in) + N * thread);
+  simt::store_part(reinterpret_cast<T*>(out) + N * thread, v, n + thread);
+}
+
+constexpr Entry kEntries[] = {
+    {"load_store_32x1", load_store<uint32_t, 1>, 1, kThreads},
+    {"load_store_32x4", load_store<uint32_t, 4>, 1, kThreads},
+    {"load_store_16x8", load_store<uint16_t, 8>, 1, kThreads},
+    {"load_part_32x4", load_part<uint32_t, 4>, 1, kThreads},
+    {"load_part_16x8", load_part<uint16_t, 8>, 1, kThreads},
+    {"store_part_32x4", store_part<uint32_t, 4>, 1, kThreads},
+    {"store_part_16x8", store_part<uint16_t, 8>, 1, kThreads},
+};
+
+}  // namespace
+
+std::span<const Entry> vector_entries() {
+  return kEntries;
+}
+
+}  // namespace twotower::primitives

@@ -1,0 +1,155 @@
+"""The compiled kernels: what docs/kernel-resources.md says of them, no spills, the instructions they are made for."""
+
+from __future__ import annotations
+
+import re
+
+import kernel_resources
+import pytest
+from kernel_resources import Usage, instructions, shorten, table, usages
+
+from twotower_ext import build_info
+from twotower_ext.registry import OPS
+
+FACTS = build_info()
+CODES = [a for a in FACTS["architectures"] if a.startswith("sm_")]
+compiled = pytest.mark.skipif(not FACTS["cuda"], reason="built without CUDA: there is no machine code to read")
+
+# kernel -> what its code must hold. `LDG.128` is met by any LDG with this among its modifiers.
+CLAIMS = {
+    # Vector variants move 16 bytes an access, in and out.
+    r"rms_norm_kernel<(bf16|f16), 8, \d+>": "LDG.128 STG.128 SHFL.BFLY",
+    r"rms_norm_kernel<f32, 4, \d+>": "LDG.128 STG.128 SHFL.BFLY",
+    # Logits are float32 products from shared memory.
+    r"router_logits_kernel<\w+, true, \d+>": "LDG.128 LDS.128 STS.128 FFMA",
+    r"choose_experts_kernel<\d+>": "SHFL.BFLY SHFL.IDX POPC",
+    # Tensor cores, fed by ldmatrix from tiles that cp.async fills; a queue and flags in global memory.
+    r"moe_experts_kernel<bf16, .*>": "HMMA.16816.F32.BF16 LDSM.M88.4 LDGSTS.BYPASS.128 ATOMG.ADD",
+    r"moe_experts_kernel<f16, .*>": "HMMA.16816.F32 LDSM.M88.4 LDGSTS.BYPASS.128 ATOMG.ADD",
+    r"moe_experts_kernel<f32, .*>": "FFMA LDGSTS.BYPASS.128 ATOMG.ADD",
+    r"commit_scan_kernel<((bf16|f16), 8|f32, 4), .*>": "LDG.128 SHFL.BFLY",
+    r"commit_filter_kernel<((bf16|f16), 8|f32, 4), .*>": "LDG.128 ATOMS SHFL.UP",
+}
+# The same from sm_90 on.
+CLAIMS_SINCE_90 = {r"moe_experts_kernel<bf16, .*>": "STSM.MT88.2"}
+# What must not be there: float32 stays float32.
+FORBIDDEN = {r"(moe_experts_kernel<f32, |router_logits_kernel<|commit_|rms_norm_).*": "HMMA"}
+
+
+def holds(code: frozenset[str], wanted: str) -> bool:
+    name, *modifiers = wanted.split(".")
+    return any(name == i.split(".")[0] and set(modifiers) <= set(i.split(".")[1:]) for i in code)
+
+
+def number(architecture: str) -> int:
+    return int(re.sub(r"\D", "", architecture))
+
+
+@pytest.fixture(scope="module")
+def committed() -> str:
+    return kernel_resources.table_in(kernel_resources.DOCUMENT.read_text(encoding="utf-8"))[1]
+
+
+@compiled
+def test_the_document_lists_the_kernels(committed: str):
+    found = usages()
+    assert kernel_resources.kernels_in(committed) == sorted(found), "run: python tests/kernel_resources.py --write"
+    if kernel_resources.cuda_in(committed) == FACTS["cuda_version"] and set(CODES) == set(architectures_in(committed)):
+        assert committed == table(found, FACTS["cuda_version"]), "run: python tests/kernel_resources.py --write"
+
+
+def architectures_in(text: str) -> list[str]:
+    header = next(line for line in text.splitlines() if line.startswith("| kernel"))
+    return header.strip("| ").split(" | ")[1:]
+
+
+@compiled
+def test_every_kernel_is_there_for_every_architecture():
+    for kernel, usage in usages().items():
+        assert set(usage) == set(CODES), kernel
+
+
+@compiled
+def test_nothing_spills():
+    spilling = {
+        f"{kernel}, {architecture}": f"{u.stack} bytes of stack, {u.local} of local memory"
+        for kernel, usage in usages().items()
+        for architecture, u in usage.items()
+        if u.stack or u.local
+    }
+    assert not spilling
+
+
+@compiled
+@pytest.mark.parametrize("architecture", CODES)
+def test_claimed_instructions_are_in_the_code(architecture: str):
+    claims = [*CLAIMS.items(), *(CLAIMS_SINCE_90.items() if number(architecture) >= 90 else ())]
+    missing = [
+        f"{kernel}: no {wanted}"
+        for kernel, code in instructions(architecture).items()
+        for pattern, claimed in claims
+        if re.fullmatch(pattern, kernel)
+        for wanted in claimed.split()
+        if not holds(code, wanted)
+    ]
+    there = [
+        f"{kernel}: {forbidden}"
+        for kernel, code in instructions(architecture).items()
+        for pattern, forbidden in FORBIDDEN.items()
+        if re.fullmatch(pattern, kernel) and holds(code, forbidden)
+    ]
+    assert not missing + there
+
+
+@compiled
+def test_every_claim_is_about_a_kernel():
+    """And every op with a CUDA kernel has a claim."""
+    kernels = list(usages())
+    stale = [pattern for pattern in CLAIMS if not any(re.fullmatch(pattern, kernel) for kernel in kernels)]
+    assert not stale
+    for stem in {row.stem for row in OPS.values() if row.cuda}:
+        source = (kernel_resources.ROOT / "csrc" / "kernels" / f"{stem}.cuh").read_text()
+        names = re.findall(r"\b(\w+_kernel)\(", source)
+        assert any(re.match(re.escape(name), pattern) for name in names for pattern in CLAIMS), stem
+
+
+# Reading
+
+
+def test_names_are_short():
+    traits = "void twotower::kernels::rms_norm_kernel<twotower::kernels::NormTraits<__nv_bfloat16, 8, 256> >"
+    assert shorten(f"{traits}(twotower::RmsNormParams)") == "rms_norm_kernel<bf16, 8, 256>"
+    scan = "void twotower::kernels::scan_kernel<twotower::kernels::CommitTraits<float, 4, 128>, false>"
+    assert shorten(f"{scan}(twotower::CommitParams, unsigned int)") == "scan_kernel<f32, 4, 128, false>"
+    assert shorten("twotower::kernels::sort_kernel(twotower::P, twotower::kernels::Q)") == "sort_kernel"
+    assert shorten("void (anonymous namespace)::x<__half, (twotower::Mode)1>(void (*)(int))") == "x<f16, (Mode)1>"
+
+
+def test_kernels_of_one_name_are_refused():
+    one = ["_ZN1a1kEv", "_ZN1b1kEv"]
+    with pytest.raises(ValueError, match="kernels of one name: k"):
+        kernel_resources.readable(one)
+    assert kernel_resources.readable(one[:1]) == {"_ZN1a1kEv": "k"}
+    assert kernel_resources.readable([]) == {}
+
+
+def test_a_table_is_read_back():
+    usage = {"sm_80": Usage(32, 0, 64, 0, 500), "sm_100a": Usage(40, 0, 0, 0, 500)}
+    made = table({"b<f32, 1>": usage, "a": {"sm_100a": usage["sm_100a"]}}, "13.0.88")
+    assert kernel_resources.kernels_in(made) == ["a", "b<f32, 1>"]
+    assert kernel_resources.cuda_in(made) == "13.0.88"
+    assert architectures_in(made) == ["sm_80", "sm_100a"]
+    assert "| `b<f32, 1>` | 32, 64 | 40, 0 |" in made
+    assert "| `a` | – | 40, 0 |" in made
+    with pytest.raises(ValueError, match="does not say which CUDA"):
+        kernel_resources.cuda_in("")
+    with pytest.raises(ValueError, match="resources:begin"):
+        kernel_resources.table_in(made)
+
+
+def test_claims_are_met_by_modifiers():
+    code = frozenset({"LDG.E.128.CONSTANT", "FFMA", "HMMA.16816.F32.BF16"})
+    assert holds(code, "LDG.128")
+    assert holds(code, "HMMA.16816.F32")
+    assert not holds(code, "LDG.64")
+    assert not holds(code, "LDGSTS.128")

@@ -1,0 +1,162 @@
+"""moe_route and moe_experts on the emulator and on a GPU: random shapes against float64, tile edges, ties, NaN."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from backends import Backend
+from torch import Tensor
+
+from twotower_ext import reference
+from twotower_ext.registry import CUDA_DTYPES, EXPERTS_TOLERANCE, TOLERANCE, compare
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+every_dtype = pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def generator(*seed: object) -> torch.Generator:
+    return torch.Generator().manual_seed(hash(seed) % 2**31)
+
+
+def double(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.double()
+
+
+# --- routing ---------------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("tokens", "width", "experts", "k"),
+    [(1, 1, 1, 1), (9, 33, 7, 3), (17, 40, 128, 6), (5, 260, 33, 33), (8, 16, 300, 2)],
+)
+def test_moe_route_against_float64(tokens, width, experts, k, dtype, backend: Backend):
+    g = generator(tokens, width, experts, k)
+    x = torch.randn(tokens, width, generator=g).to(dtype)
+    gate, bias = torch.randn(experts, width, generator=g) * width**-0.5, torch.randn(experts, generator=g)
+    ids, weights = backend.run("moe_route", x, gate, bias, k, 2.5)
+    expected_ids, expected = reference.moe_route(x.double(), gate.double(), bias.double(), k, 2.5)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights.double(), expected, rtol=2e-6, atol=1e-7)
+
+
+def test_moe_route_ties_go_to_the_lowest_ids(backend: Backend):
+    x, gate = torch.ones(3, 8), torch.zeros(70, 8)
+    bias = torch.zeros(70)
+    bias[[5, 40, 69]] = 0.25
+    ids, weights = backend.run("moe_route", x, gate, bias, 6, 3.0)
+    assert ids.tolist() == [[0, 1, 2, 5, 40, 69]] * 3
+    assert weights.tolist() == [[0.5] * 6] * 3
+
+
+def test_moe_route_ranks_nan_below_every_number(backend: Backend):
+    x, gate, bias = torch.ones(1, 4), torch.zeros(40, 4), torch.zeros(40)
+    gate[:30] = math.nan
+    bias[35] = -1e30
+    assert backend.run("moe_route", x, gate, bias, 12, 1.0)[0].tolist() == [[0, 1, *range(30, 40)]]
+    assert backend.run("moe_route", x * math.nan, gate, bias, 3, 1.0)[0].tolist() == [[0, 1, 2]]
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+def experts(tokens: int, width: int, experts: int, inner: int, k: int, shared: int, gated: bool, dtype, seed: int = 0):
+    """Random arguments of moe_experts; k may be 0 and there may be no shared expert."""
+    g = generator(tokens, width, experts, inner, k, shared, gated, seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=g) * scale).to(dtype)
+
+    rows = 2 if gated else 1
+    ids = torch.stack([torch.randperm(experts, generator=g)[:k].sort().values for _ in range(tokens)]).int()
+    return [
+        normal(tokens, width), ids, torch.rand(tokens, k, generator=g),
+        normal(experts, rows * inner, width, scale=width**-0.5), normal(experts, width, inner, scale=inner**-0.5),
+        normal(rows * shared, width, scale=width**-0.5) if shared else None,
+        normal(width, shared, scale=max(shared, 1) ** -0.5) if shared else None,
+    ]  # fmt: skip
+
+
+def check(backend: Backend, arguments: list, dtype: torch.dtype, gated: bool = False) -> Tensor:
+    activation = "silu_gate" if gated else "relu2"
+    actual = backend.run("moe_experts", *arguments, activation=activation)
+    exact = reference.moe_experts(*(double(a) if i != 1 else a for i, a in enumerate(arguments)), activation=activation)
+    tolerance = EXPERTS_TOLERANCE[dtype] if dtype == torch.bfloat16 else TOLERANCE[dtype]
+    assert actual.dtype == dtype
+    assert compare(actual.double(), exact, tolerance) is None
+    return actual
+
+
+@every_dtype
+@pytest.mark.parametrize("gated", [False, True], ids=["relu2", "silu_gate"])
+@pytest.mark.parametrize(
+    ("tokens", "width", "count", "inner", "k", "shared"),
+    [
+        (1, 1, 1, 1, 1, 0),  # everything smaller than a tile
+        (3, 72, 5, 40, 2, 65),
+        (17, 65, 3, 67, 2, 5),  # no row aligned to 16 bytes; more tokens an expert than the smallest tile has
+        (33, 16, 2, 136, 1, 8),  # the middle tile: more than 8 tokens an expert
+        (4, 24, 4, 24, 0, 40),  # the shared expert alone
+    ],
+)
+def test_moe_experts_against_float64(tokens, width, count, inner, k, shared, gated, dtype, backend: Backend):
+    check(backend, experts(tokens, width, count, inner, k, shared, gated, dtype), dtype, gated)
+
+
+@pytest.mark.parametrize("width", [130, 64])
+def test_moe_experts_in_the_largest_tile(width: int, backend: Backend):
+    """More than 48 tokens an expert, on average."""
+    check(backend, experts(130, width, 2, 72, 1, 24, False, torch.bfloat16), torch.bfloat16)
+
+
+def test_moe_experts_over_two_passes(backend: Backend):
+    """More tokens than one pass holds (2048)."""
+    check(backend, experts(2051, 8, 2, 8, 1, 8, False, torch.bfloat16), torch.bfloat16)
+
+
+def test_moe_experts_takes_64_bit_ids(backend: Backend):
+    arguments = experts(5, 16, 4, 24, 2, 8, False, torch.bfloat16)
+    narrow = check(backend, arguments, torch.bfloat16)
+    arguments[1] = arguments[1].long()
+    assert torch.equal(backend.run("moe_experts", *arguments), narrow)
+
+
+def test_moe_experts_reads_no_expert_that_nobody_visits(backend: Backend):
+    arguments = experts(6, 16, 8, 24, 2, 8, False, torch.bfloat16)
+    arguments[1] = arguments[1] % 3 + 2
+    for weights in arguments[3:5]:
+        weights[[0, 1, 5, 6, 7]] = math.nan
+    assert check(backend, arguments, torch.bfloat16).isfinite().all()
+
+
+@every_dtype
+def test_moe_experts_keeps_nan_to_its_token(dtype: torch.dtype, backend: Backend):
+    arguments = experts(20, 40, 3, 24, 2, 8, False, dtype)
+    clean = backend.run("moe_experts", *arguments)
+    arguments[0][7, 39] = math.nan
+    spoilt = backend.run("moe_experts", *arguments)
+    assert spoilt[7].isnan().all()
+    others = torch.arange(20) != 7
+    assert torch.equal(spoilt[others], clean[others])
+
+
+def test_moe_experts_squares_beyond_float16(backend: Backend):
+    """relu² of 300 is 90,000: more than float16 holds, though the result fits."""
+    x = torch.full((2, 8), 37.5, dtype=torch.float16)
+    up, down = torch.ones(1, 16, 8, dtype=torch.float16), torch.full((1, 8, 16), 1e-3, dtype=torch.float16)
+    ids, weights = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)
+    y = backend.run("moe_experts", x, ids, weights, up, down)
+    torch.testing.assert_close(y.float(), torch.full((2, 8), 90_000 * 16 * down[0, 0, 0].item()), rtol=1e-3, atol=0)
+
+
+def test_moe_experts_pairs_of_no_expert_count_for_nothing(backend: Backend):
+    """On a GPU ids are not checked: those out of range must neither crash nor touch other pairs."""
+    arguments = experts(9, 16, 4, 24, 3, 8, False, torch.bfloat16)
+    ids, weights = arguments[1].clone(), arguments[2]
+    ids[2, 1], ids[5, 0], ids[5, 2] = -1, 4, 2**31 - 1
+    outside = (ids < 0) | (ids >= 4)
+    actual = backend.run("moe_experts", arguments[0], ids, weights, *arguments[3:])
+    expected = backend.run("moe_experts", *arguments[:2], weights.masked_fill(outside, 0), *arguments[3:])
+    assert torch.equal(actual, expected)
