@@ -13,12 +13,13 @@ import os
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import emulation
+from twotower_ext.benchmarks import outcomes
+
+from twotower_ext.registry import OPS
 
 ROOT = emulation.ROOT
 RESULTS = ROOT / "benchmarks" / "results" / "emulation.json"
@@ -30,33 +31,28 @@ def run(variant: str) -> dict:
     started = time.monotonic()
     emulation.build(variant)
     built = time.monotonic()
-    report = emulation.folder(variant) / "tests.xml"
+    report = emulation.folder(variant) / "outcomes.jsonl"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-m", MARKS, "--no-header", f"--junitxml={report}", "tests"]
-    environment = {**os.environ, **emulation.environment(variant), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", *outcomes.PLUGIN, "-m", MARKS, *emulation.PYTEST, "tests"]
+    environment = {**os.environ, **emulation.environment(variant), outcomes.VARIABLE: str(report)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
-    passed = [f"{c.get('classname')}::{c.get('name')}" for c in cases if len(c) == 0]
-    other = len(cases) - len(passed)
+    found = outcomes.summary(outcomes.read(report))
+    bad = found["failed"] + found["unfinished"]
     print(
-        f"{variant}: {len(passed)} passed, {other} skipped or failed; built in {built - started:.0f} s, "
-        f"ran in {time.monotonic() - built:.0f} s",
+        f"{variant}: {found['passed']} passed, {len(found['skipped'])} skipped, {len(bad)} failed or unfinished; "
+        f"built in {built - started:.0f} s, ran in {time.monotonic() - built:.0f} s",
         flush=True,
     )
-    ok = done.returncode == 0 and len(passed) > 0
+    ok = done.returncode == 0 and not bad and found["passed"] > 0
     if not ok:
-        print(done.stdout[-20000:] + done.stderr[-4000:], flush=True)
-    return {"ok": ok, "passed": passed}
+        print(done.stdout[-20000:] + done.stderr[-8000:] + "\n".join(["not passed:", *bad]), flush=True)
+    return {"ok": ok, "kernels": {op: len(tests["passed"]) for op, tests in found["ops"].items()}}
 
 
-def by_kernel(passed: dict[str, list[str]], before: dict) -> dict[str, dict]:
+def by_kernel(runs: dict[str, dict], before: dict) -> dict[str, dict]:
     """kernel -> variant -> how many of its tests have passed; what mutate.py knows of a kernel stays."""
-    from twotower_ext.benchmarks.outcomes import ops_of
-    from twotower_ext.registry import OPS
-
-    counts = {variant: Counter(op for test in tests for op in ops_of(test)) for variant, tests in passed.items()}
     return {
-        name: before.get(name, {}) | {variant: counts[variant][name] for variant in passed}
+        name: before.get(name, {}) | {variant: run["kernels"].get(name, 0) for variant, run in runs.items()}
         for name, row in OPS.items()
         if row.cuda
     }
@@ -75,13 +71,13 @@ def main() -> int:
         print(f"NOT RUN: the {variant} build of the emulation: {reason}", file=sys.stderr, flush=True)
     chosen = [v for v in options.variants if v not in reasons]
     with ThreadPoolExecutor(2) as pool:
-        outcomes = dict(zip(chosen, pool.map(run, chosen), strict=True))
+        runs = dict(zip(chosen, pool.map(run, chosen), strict=True))
     if options.write and len(chosen) == len(emulation.VARIANTS):
         result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        result["policies"] = ["/".join(p) for p in emulation.POLICIES]
-        result["kernels"] = by_kernel({v: o["passed"] for v, o in outcomes.items()}, result.get("kernels", {}))
-        Path(RESULTS).write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-    failed = not all(o["ok"] for o in outcomes.values())
+        result["policies"] = list(emulation.ALL_POLICIES)
+        result["kernels"] = by_kernel(runs, result.get("kernels", {}))
+        Path(RESULTS).write_text(json.dumps(result, indent=1) + "\n")
+    failed = not all(r["ok"] for r in runs.values())
     return 1 if failed or (options.all and reasons) else 0
 
 

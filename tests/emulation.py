@@ -1,7 +1,7 @@
 """The emulated library: builds it, loads it, and runs ops on it through the package's own functions.
 
 `python tests/emulation.py plain asan race` builds variants; TWOTOWER_EMULATED chooses the one that tests load, and
-TWOTOWER_EMULATED_SOURCE another tree to build it from (mutate.py's).
+TWOTOWER_EMULATED_SOURCE another tree to build it from and TWOTOWER_POLICIES fewer policies (mutate.py's).
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 VARIANTS = ("plain", "asan", "race")
 CLANG = ("clang++-16", "clang++")
+# Options of the tests' runs: a sanitizer's report, which goes past Python, must not be swallowed with the process.
+PYTEST = ("--no-header", "--capture=sys")
 # Legal behaviours of the hardware that every test is played under: (schedule of threads, arrival of cp.async).
-POLICIES = (("fifo", "late"), ("lifo", "early"), ("greedy", "random"), ("random", "late"))
+ALL_POLICIES = ("fifo/late", "lifo/early", "greedy/random", "random/late")
+POLICIES = tuple(tuple(p.split("/")) for p in os.environ.get("TWOTOWER_POLICIES", " ".join(ALL_POLICIES)).split())
 
 
 def variant() -> str:
@@ -97,7 +100,7 @@ def library() -> Path:
 
 def environment(which: str) -> dict[str, str]:
     """What a process needs in order to load a variant."""
-    variables = {"TWOTOWER_EMULATED": which}
+    variables = {"TWOTOWER_EMULATED": which, "OMP_NUM_THREADS": "1"}
     if which == "asan":
         runtime = "libclang_rt.asan-x86_64.so"
         found = subprocess.run(

@@ -1,7 +1,8 @@
 """Plants each bug of mutations.py in a copy of the sources, and records which build of the emulator catches it.
 
-`python tests/mutate.py` runs all; names choose some. Results go to benchmarks/results/emulation.json and, as a table,
-to docs/emulation.md. A bug is caught where a test fails, the emulator reports, or the tests do not end.
+`python tests/mutate.py` runs all; names choose some, and the others keep their results. These stand in
+benchmarks/results/emulation.json and, as a table, in docs/emulation.md. A bug is caught where a test fails, the emulator
+reports, or the tests do not end.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import emulation
@@ -25,6 +27,12 @@ RESULTS = ROOT / "benchmarks" / "results" / "emulation.json"
 DOCUMENT = ROOT / "docs" / "emulation.md"
 BEGIN, END = "<!-- mutations:begin -->", "<!-- mutations:end -->"
 SECONDS = 180  # for the tests of one mutant in one build
+# What each build is played under, a part of what `make emulate` does: what is caught here is caught there.
+POLICIES = {
+    "plain": "fifo/late lifo/early greedy/random random/late",
+    "asan": "fifo/late",
+    "race": "lifo/early random/late",
+}
 TARGET = 0.95
 
 
@@ -44,10 +52,11 @@ def copy_tree() -> None:
 
 def run_tests(variant: str, files: tuple[str, ...], select: str) -> tuple[bool, str]:
     """(whether they pass, the last report) of the mutant's tests in one build."""
-    command = [sys.executable, "-m", "pytest", "-x", "--no-header", "--tb=short", "-m", "emulated and not gpu"]
-    command += ["-k", select] if select else []
+    command = [sys.executable, "-m", "pytest", "-x", *emulation.PYTEST, "--tb=short", "-m", "emulated and not gpu"]
+    command += ["-k", f"({select}) and not float16" if select else "not float16"]
     command += [str(ROOT / "tests" / name) for name in files]
     environment = {**os.environ, **emulation.environment(variant), "TWOTOWER_EMULATED_SOURCE": str(TREE)}
+    environment["TWOTOWER_POLICIES"] = POLICIES[variant]
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -71,7 +80,7 @@ def verdict(passed: bool, text: str) -> str:
     return next((name for sign, name in SIGNS if sign in text), "crash")
 
 
-def try_mutant(mutation: Mutation, variants: list[str]) -> dict[str, str]:
+def try_mutant(mutation: Mutation, variants: list[str], pool: ThreadPoolExecutor) -> dict[str, str]:
     """variant -> how it caught the bug, "" where it did not."""
     path = TREE / mutation.file
     original = path.read_text()
@@ -79,15 +88,16 @@ def try_mutant(mutation: Mutation, variants: list[str]) -> dict[str, str]:
         raise ValueError(
             f"{mutation.name}: {mutation.file} holds the text {original.count(mutation.old)} times, not once"
         )
-    found = {}
+
+    def outcome(variant: str) -> str:
+        emulation.build(variant, TREE)
+        return verdict(*run_tests(variant, mutation.tests, mutation.select))
+
     try:
         path.write_text(original.replace(mutation.old, mutation.new))
-        for variant in variants:
-            emulation.build(variant, TREE)
-            found[variant] = verdict(*run_tests(variant, mutation.tests, mutation.select))
+        return dict(zip(variants, pool.map(outcome, variants), strict=True))
     finally:
         path.write_text(original)
-    return found
 
 
 def table(outcomes: dict[str, dict[str, str]]) -> str:
@@ -102,15 +112,18 @@ def table(outcomes: dict[str, dict[str, str]]) -> str:
     return "\n".join([*lines, "", f"{caught} of {len(outcomes)} are caught ({each})."])
 
 
-def write(outcomes: dict[str, dict[str, str]]) -> None:
+def write(found: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Puts outcomes beside those of earlier runs, as far as the mutations still exist; returns all of them."""
     result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    result["mutations"] = outcomes
+    outcomes = result.get("mutations", {}) | found
+    result["mutations"] = outcomes = {m.name: outcomes[m.name] for m in MUTATIONS if m.name in outcomes}
     for op, kernel in result.setdefault("kernels", {}).items():
         own = [outcomes[m.name] for m in MUTATIONS if op in m.ops and m.name in outcomes]
         kernel |= {"mutants": len(own), "caught": sum(any(o.values()) for o in own)}
-    RESULTS.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     before, rest = DOCUMENT.read_text().split(BEGIN)
     DOCUMENT.write_text(f"{before}{BEGIN}\n{table(outcomes)}\n{END}{rest.split(END)[1]}")
+    return outcomes
 
 
 def main() -> int:
@@ -127,24 +140,22 @@ def main() -> int:
         return 2
 
     copy_tree()
+    pool = ThreadPoolExecutor(2)
     for variant in variants:
         emulation.build(variant, TREE)
-    for files, select in sorted({(m.tests, m.select) for m in chosen}):
-        for variant in variants:
-            passed, text = run_tests(variant, files, select)
-            if not passed:
-                print(f"the sources as they are fail {' '.join(files)} in {variant}:\n{text[-3000:]}", file=sys.stderr)
-                return 1
-    outcomes: dict[str, dict[str, str]] = {}
+    jobs = [(v, files, select) for files, select in sorted({(m.tests, m.select) for m in chosen}) for v in variants]
+    for (variant, files, _), (passed, text) in zip(jobs, pool.map(lambda job: run_tests(*job), jobs), strict=True):
+        if not passed:
+            print(f"the sources as they are fail {' '.join(files)} in {variant}:\n{text[-3000:]}", file=sys.stderr)
+            return 1
     for i, mutation in enumerate(chosen):
         started = time.monotonic()
-        outcomes[mutation.name] = found = try_mutant(mutation, variants)
+        found = try_mutant(mutation, variants, pool)
+        outcomes = write({mutation.name: found})
         how = ", ".join(f"{v}: {found[v] or 'missed'}" for v in variants)
         print(f"[{i + 1}/{len(chosen)}] {mutation.name}: {how} ({time.monotonic() - started:.0f} s)", flush=True)
     caught = sum(any(o.values()) for o in outcomes.values())
     print(f"{caught} of {len(outcomes)} caught")
-    if not names:
-        write(outcomes)
     return 0 if caught >= TARGET * len(outcomes) else 1
 
 

@@ -54,7 +54,7 @@ TILE = (
         "simt/tile.h", "moe_experts", "kernels kernels_moe", "moe_experts and (reference or float64)",
         ("accumulators: the wrong row of a lane", "lane() / 4 + i / 2 * 8", "lane() / 4 + i % 2 * 8"),
         ("accumulators: the wrong column of a lane", "lane() % 4 * 2 + i % 2", "lane() % 4 + i % 2 * 4"),
-        ("ldmatrix of the weights: halves exchanged", "a.chunk(row, 2 * k + lane() / 16)", "a.chunk(row, 2 * k + 1 - lane() / 16)"),
+        ("ldmatrix of the weights: halves exchanged", "a_row + lane() % 16, 2 * k + lane() / 16)", "a_row + lane() % 16, 2 * k + 1 - lane() / 16)"),
         ("the last 16 columns of a tile are left out", "for (int k = 0; k < A::kColumns / 16; ++k)", "for (int k = 0; k + 1 < A::kColumns / 16; ++k)"),
     ),
     *planted(
@@ -75,7 +75,7 @@ COMMIT = (
         ("the mask token is sampled", "if (score > best && id != p.mask_token_id)", "if (score > best)"),
         ("parts are added without their scale", "parts[i].sum * exp(static_cast<double>(own - max))", "parts[i].sum"),
         ("NaN is not noticed", "max == simt::kInfinity || total != total", "max == simt::kInfinity"),
-        ("the threshold is not strict", "confidence[l] > threshold", "confidence[l] >= threshold"),
+        ("the threshold is not strict", "candidate && confidence > threshold", "candidate && confidence >= threshold"),
         ("of equal confidences the lower position", "(other == own && j > l)", "(other == own && j < l)"),
         ("the quota is rounded down", "(masked - 1) / steps_left + 1", "masked / steps_left"),
         ("no barrier between prediction and choice", "predict_row<T, kThreads>(p, b, parts);\n  simt::block_sync();", "predict_row<T, kThreads>(p, b, parts);"),
@@ -103,9 +103,9 @@ COMMIT = (
 
 ROUTE = planted(
     "kernels/route.cuh", "moe_route", "kernels kernels_moe", "moe_route",
-    ("no barrier before a tile is overwritten", "simt::block_sync();  // the tiles before have been read\n", ""),
-    ("no barrier before a tile is read", "p.E, column, p.D);\n      simt::block_sync();", "p.E, column, p.D);"),
-    ("a tile's tail holds what follows in memory", "const int64_t left = inside ? columns - column - at : 0;", "const int64_t left = inside ? kGroup : 0;"),
+    ("no barrier before a stage is overwritten", "simt::block_sync();  // the stage before has been read\n", ""),
+    ("no barrier before a stage is read", "weight.put(shared->weight);\n    simt::block_sync();", "weight.put(shared->weight);"),
+    ("a stage's tail holds what follows in memory", "items[i] = left > 0 ? simt::load", "items[i] = inside ? simt::load"),
     ("experts beyond the last are stored", "if (t < p.T && e < p.E) logits", "if (t < p.T && e <= p.E) logits"),
     ("the bias weighs", "static_cast<float>(p.scaling) * scores[e] /", "static_cast<float>(p.scaling) * (scores[e] + bias[e]) /"),
     ("the same expert is chosen again", "own < last)", "own <= last)"),
@@ -123,4 +123,46 @@ SORT = planted(
     ("the slot is taken for the token", "token = pair / k, slot = pair % k", "token = pair % k, slot = pair / k"),
 )  # fmt: skip
 
-MUTATIONS = (*NORM, *TILE, *COMMIT, *ROUTE, *SORT)
+MOE = (
+    *planted(
+        "kernels/moe.cuh", "moe_experts", "kernels kernels_moe", "moe_experts",
+        ("the wait for a step's copies is too weak", "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),
+        ("no barrier after the wait for a step", "simt::block_sync();  // the step's data is there", "// the step's data is there"),
+        ("the stage that is read is refilled", "stages[stage == 0 ? kStages - 1 : stage - 1]", "stages[stage]"),
+        ("an item is signalled before all have stored it", "simt::block_sync();\n      if (simt::thread_index() == 0) simt::signal", "if (simt::thread_index() == 0) simt::signal"),
+        ("no barrier before the next item's stages are filled", "simt::block_sync();  // the next item is known", "// the next item is known"),
+        ("no barrier between the products", "simt::block_sync();  // all are done with the shared memory", ""),
+        ("an item does not wait for its expert", "if (item.expert >= 0) product.wait(item);", ""),
+        ("the sums do not wait for the products", "if (simt::thread_index() == 0) down.wait_for_all();", ""),
+        ("accumulators are not cleared", "acc.zero();", "if (source.steps == 0) acc.zero();"),
+        ("the scratch is a stage in use", "stages[kStages - 1].weights.data", "stages[0].weights.data"),
+        ("the last stage but one is never filled", "for (int s = 0; s < Traits::kStages - 1; ++s)", "for (int s = 0; s < Traits::kStages - 2; ++s)"),
+        ("pairs of no expert are summed", "row[s] < 0", "row[s] < -1"),
+        ("the shared expert's row of another token", "load(pass.pairs + token, column)", "load(pass.pairs, column)"),
+        ("weights of the pass's first token", "p.expert_weights.at<const float>(pass.first + token)", "p.expert_weights.at<const float>(pass.first)"),
+        ("item numbers repeat between blocks", "simt::block_count() + simt::shuffle(taken, 0)", "simt::shuffle(taken, 0)"),
+    ),
+    *planted(
+        "kernels/moe_products.cuh", "moe_experts", "kernels kernels_moe kernels_large", "moe_experts",
+        ("negative numbers are squared, too", "v < 0.f ? 0.f : v * v", "v * v"),
+        ("gate and value are exchanged", "d[i] / (1.f + expf(-d[i])) * d[2 + i]", "d[2 + i] / (1.f + expf(-d[2 + i])) * d[i]"),
+        ("the wait for an expert misses one item", "this->up_weight_tiles(item.expert) * this->token_tiles(item.expert))", "this->up_weight_tiles(item.expert) * this->token_tiles(item.expert) - 1)"),
+        ("the wait for all misses one item", "(pass.tiles[p.E] + this->token_tiles(this->shared_expert())));", "(pass.tiles[p.E] + this->token_tiles(this->shared_expert())) - 1);"),
+        ("an expert's last tile of tokens is full", "left < Traits::kTokens ? left : Traits::kTokens;", "Traits::kTokens;"),
+        ("a row of up beyond 32 bits", "return weights + int64_t{values + output(item, row)} * columns(item.expert);", "return weights + int32_t(values + output(item, row)) * int32_t(columns(item.expert));"),
+        ("an expert's weights beyond 32 bits", "p.down.template at<const T>(item.expert, 0)", "(static_cast<const T*>(p.down.data) + int32_t(item.expert) * int32_t(p.down.stride[0]))"),
+    ),
+)  # fmt: skip
+
+LARGE = (
+    *planted(
+        "kernels/norm.cuh", "rms_norm", "kernels_large", "rms_norm",
+        ("a row's offset in 32 bits", "p.x.at<const T>(b, l) + i);\n  if (!p.delta) return h;", "static_cast<const T*>(p.x.data) + int32_t(b * p.x.stride[0] + l * p.x.stride[1]) + i);\n  if (!p.delta) return h;"),
+    ),
+    *planted(
+        "kernels/commit.cuh", "denoise_commit", "kernels_large", "denoise_commit",
+        ("a position's offset in 32 bits", "const T* row = p.logits.at<const T>(at.b, at.l);", "const T* row = static_cast<const T*>(p.logits.data) + int32_t(at.b * p.logits.stride[0] + at.l * p.logits.stride[1]);"),
+    ),
+)  # fmt: skip
+
+MUTATIONS = (*NORM, *TILE, *COMMIT, *ROUTE, *SORT, *MOE, *LARGE)

@@ -33,7 +33,8 @@ ALWAYS = {
 RACE = {
     "missing_barrier": rf"RACE: read of static shared byte \d+ at {LINE} is not ordered after the write at {LINE}|"
     rf"UNINITIALISED: read of static shared byte \d+ at {LINE}",
-    "overwritten_too_soon": rf"RACE: write of static shared byte \d+ at {LINE} is not ordered after the read at {LINE}",
+    "overwritten_too_soon": rf"RACE: (read|write) of static shared byte \d+ at {LINE} is not ordered after the "
+    rf"(write|read) at {LINE}",
     "unwritten_shared": rf"UNINITIALISED: read of static shared byte \d+ at {LINE}, which nothing has written",
     "beyond_shared": rf"OUT OF BOUNDS: write of 4 bytes at shared byte \d+, .* at {LINE}",
     "copy_not_awaited": rf"RACE: read of dynamic shared byte \d+ at {LINE} comes before the wait for the cp_async at "

@@ -66,6 +66,7 @@ def rms_norm(m: Maker) -> Iterator[Sample]:
         modulated = dict(shift=shift, scale=scale, modulate="after", delta=delta, gate=gate)
         yield Sample(f"after-{width}", (x, w, 1e-6), modulated)
         yield Sample(f"strided-{width}", (_strided(x), w), modulated | {"delta": _strided(delta)})
+    yield Sample("small numbers", (m.act(2, 3, 16, scale=3e-3), m.positive(16)))  # of which eps is a good part
     yield Sample("empty", (m.act(2, 0, 16), m.positive(16)))
 
 

@@ -58,7 +58,7 @@ struct Tokens {
   __device__ void each(F&& f) const {
     for (int64_t id = simt::thread_index() * Traits::kGroup; id < p.V; id += Traits::kThreads * Traits::kGroup) {
       const auto x = load(id);
-#pragma unroll
+      SIMT_UNROLL
       for (int i = 0; i < Traits::kGroup; ++i)
         if (const float score = float(x.at[i]) / temperature; score > -simt::kInfinity && id + i != p.mask_token_id)
           f(score, id + i);

@@ -76,7 +76,8 @@ void choose_tile(const ExpertsParams& p, const ExpertsPass& pass, void* stream) 
   if constexpr (kIndex + 1 < kTiles<T>.size()) {
     const int64_t rows = std::min(p.E, pass.pairs) * p.F + p.shared_F;  // of weights, each counted once and a token
     const int64_t served = pass.pairs * p.F + pass.tokens * p.shared_F;
-    if (served > kTile.most * rows || sizeof(kernels::ExpertsSmem<Traits>) > shared_limit())
+    if (ceil_div(served, std::max<int64_t>(rows, 1)) > kTile.most ||
+        sizeof(kernels::ExpertsSmem<Traits>) > shared_limit())
       return choose_tile<T, kIndex + 1>(p, pass, stream);
   }
   launch_pass<Traits>(p, pass, stream);
@@ -94,7 +95,9 @@ int64_t moe_experts_workspace(const ExpertsParams& p) {
   return kernels::lay_out_pass(p, pass_tokens(p)).second;
 }
 
-void moe_experts(const ExpertsParams& p, void* stream) {
+void moe_experts(const ExpertsParams& params, void* stream) {
+  ExpertsParams p = params;
+  if (p.F == 0) p.k = 0;  // experts without width give nothing
   require_supported_device(kOp);
   require_at_most(kernels::kMaxExperts, p.E, "up must have a number of experts of");
   require_at_most(kMaxWidth, std::max({p.D, p.F, p.shared_F, p.k}),

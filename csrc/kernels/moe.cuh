@@ -3,9 +3,11 @@
 // of out. An item's weights are the m16 operand and its tokens the n8 operand of mma.sync, so that few tokens waste
 // little.
 //
-// No wait can deadlock: all blocks are on the device. An item of the first product waits for nothing, so all of them
-// are finished. A block takes up the second product when it has finished its items of the first, and waits for such
-// items alone, so all of the second product's are finished too; the sums wait for those and come last.
+// No wait can deadlock. All blocks are on the device, and every item is some block's: the first of each block is that
+// of its number, the next ones are counted off. Items of the first product wait for nothing, so all of them are
+// finished. A block starts with the second product when it has finished its items of the first, and waits for items of
+// the first alone, so all of the second product's are finished too. The sums wait for those, and nothing waits for the
+// sums.
 //
 // A token's result depends on nothing but the token: each element of a product adds its terms in steps of kColumns, the
 // same in every tile, and the sum over a token's experts goes by slot.
@@ -53,7 +55,7 @@ struct ExpertsSmem {
     ExpertsStage<Traits, typename Traits::Hidden> down[Traits::kStages];
   };
   ExpertsItem next;
-  int operand[Traits::kTokens];  // of the next item's tokens: operand_index, -1 for none
+  int operand[Traits::kTokens];  // of each row of its tile of tokens: operand_index, -1 for none
 };
 
 // What the steps of an item are copied from, as far as this thread copies it.
@@ -74,7 +76,7 @@ struct ItemSource {
   __device__ void open(const Product& product, const ExpertsSmem<Traits>& smem, Stage (&stages)[Traits::kStages]) {
     const ExpertsItem item = smem.next;
     columns = product.columns(item.expert);
-    steps = columns > 0 ? ceil_div(columns, Traits::kColumns) : 1;  // the empty sum: a step of zeros
+    steps = ceil_div(columns, Traits::kColumns);
     const int row = WeightCopies::row(0), output = product.output(item, row);
     const int outputs = product.outputs_of_rows(WeightCopies::kPass);
     weights = product.weight_row(item, row);
@@ -85,8 +87,8 @@ struct ItemSource {
       weights_present |= uint32_t{output + i * outputs < product.outputs(item.expert)} << i;
     SIMT_UNROLL
     for (int i = 0; i < TokenCopies::kCount; ++i) {
-      const int index = smem.operand[Traits::token_in_row(TokenCopies::row(i))];
-      tokens[i] = product.operand_row(item, index < 0 ? 0 : index);
+      const int index = smem.operand[TokenCopies::row(i)];
+      tokens[i] = product.operand_row(item, index < 0 ? smem.operand[0] : index);
       tokens_present |= uint32_t{index >= 0} << i;
     }
     SIMT_UNROLL_BY(1)
@@ -112,9 +114,12 @@ struct ItemSource {
 template <class Traits, class Product>
 __device__ void prepare(const Product& product, ExpertsSmem<Traits>& smem, int index) {
   const ExpertsItem item = product.find(index);
-  if (item.expert >= 0)
-    for (int i = simt::lane(); i < Traits::kTokens; i += simt::kWarp)
-      smem.operand[i] = i < item.count ? product.operand_index(item, item.row + i) : -1;
+  if (item.expert >= 0) {
+    for (int row = simt::lane(); row < Traits::kTokens; row += simt::kWarp) {
+      const int token = Traits::token_in_row(row);
+      smem.operand[row] = token < item.count ? product.operand_index(item, item.row + token) : -1;
+    }
+  }
   if (simt::lane() == 0) {
     smem.next = item;
     if (item.expert >= 0) product.wait(item);
@@ -126,6 +131,7 @@ __device__ void prepare_next(const Product& product, ExpertsSmem<Traits>& smem) 
   uint32_t taken = 0;
   if (simt::lane() == 0) taken = simt::atomic_add(product.taken(), 1u);
   prepare<Traits>(product, smem, static_cast<int>(simt::block_count() + simt::shuffle(taken, 0)));
+  simt::warp_sync();  // the first lane may have waited, and collectives follow
 }
 
 // acc += weights tokens over one step, for as many of the warp's fragments of tokens as hold any: `used` rounded up to
@@ -178,46 +184,46 @@ __device__ void run(const Product& product, ExpertsSmem<Traits>& smem, Stage (&s
 template <class Traits>
 __device__ void combine(const ExpertsParams& p, const ExpertsPass& pass) {
   using T = typename Traits::T;
-  constexpr int kVector = 4, kSlots = 8;  // as many loads in flight
+  constexpr int kVector = 4, kSlots = 8;  // kSlots loads under way at a time
   using Sum = simt::Vector<float, kVector>;
   constexpr int kSlice = Traits::kThreads * kVector;  // columns of a token that a block sums at a time
-  const int slices = static_cast<int>(ceil_div(p.D, kSlice));
-  const int64_t stride = padded(p.D);
+  const int k = static_cast<int>(p.k), slices = static_cast<int>(ceil_div(p.D, kSlice));
+  const auto load = [&](int64_t row, int column) {
+    return simt::load<float, kVector>(pass.out + row * padded(p.D) + column);
+  };
   for (int i = static_cast<int>(simt::block_index()); i < pass.tokens * slices;
        i += static_cast<int>(simt::block_count())) {
     const int token = i / slices, column = i % slices * kSlice + simt::thread_index() * kVector;
     if (column >= p.D) continue;
-    const float* weights = p.expert_weights.at<const float>(pass.first + token);
-    const int32_t* rows = pass.row_of + token * p.k;
+    const Sum shared = p.shared_F > 0 ? load(pass.pairs + token, column) : Sum{};
     Sum sum{};
-    for (int first = 0; first < p.k; first += kSlots) {
+    for (int first = 0; first < k; first += kSlots) {
+      const int32_t* rows = pass.row_of + token * k + first;
+      const float* weights = p.expert_weights.at<const float>(pass.first + token) + first;
       int row[kSlots];
+      float weight[kSlots];
       Sum out[kSlots];
       SIMT_UNROLL
-      for (int s = 0; s < kSlots; ++s) row[s] = first + s < p.k ? rows[first + s] : -1;
+      for (int s = 0; s < kSlots; ++s) row[s] = first + s < k ? rows[s] : -1;
       SIMT_UNROLL
-      for (int s = 0; s < kSlots; ++s)
-        out[s] = row[s] < 0 ? Sum{} : simt::load<float, kVector>(pass.out + row[s] * stride + column);
+      for (int s = 0; s < kSlots; ++s) weight[s] = first + s < k ? weights[s] : 0.f;
+      SIMT_UNROLL
+      for (int s = 0; s < kSlots; ++s) out[s] = row[s] < 0 ? Sum{} : load(row[s], column);
       SIMT_UNROLL
       for (int s = 0; s < kSlots; ++s) {
-        if (row[s] < 0) continue;
         SIMT_UNROLL
-        for (int j = 0; j < kVector; ++j) sum.at[j] += weights[first + s] * out[s].at[j];
+        for (int j = 0; j < kVector; ++j)
+          if (row[s] >= 0) sum.at[j] += weight[s] * out[s].at[j];
       }
     }
-    if (p.shared_F > 0) {
-      const Sum out = simt::load<float, kVector>(pass.out + (pass.pairs + token) * stride + column);
-      for (int j = 0; j < kVector; ++j) sum.at[j] += out.at[j];
-    }
     simt::Vector<T, kVector> y;
-    for (int j = 0; j < kVector; ++j) y.at[j] = T(sum.at[j]);
+    for (int j = 0; j < kVector; ++j) y.at[j] = T(p.shared_F > 0 ? sum.at[j] + shared.at[j] : sum.at[j]);
     T* to = p.y.at<T>(pass.first + token) + column;
-    const int64_t left = p.D - column;
     if (pass.y_aligned) {
-      simt::store_part(to, y, left);
+      simt::store_part(to, y, p.D - column);
     } else {
       for (int j = 0; j < kVector; ++j)
-        if (j < left) to[j] = y.at[j];
+        if (column + j < p.D) to[j] = y.at[j];
     }
   }
 }

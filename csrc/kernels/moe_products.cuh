@@ -62,9 +62,8 @@ struct ExpertsProduct {
     const int shared_items = shared_weight_tiles * token_tiles(expert);
     if (index >= shared_items) {
       index -= shared_items;
-      const int all = pass.tiles[p.E], tile = weight_tiles == 0 ? all : index / weight_tiles;
-      if (tile >= all) return {-1, 0, 0, 0};
-      expert = pass.expert_of[tile];
+      if (index >= pass.tiles[p.E] * weight_tiles) return {-1, 0, 0, 0};
+      expert = pass.expert_of[index / weight_tiles];
       index -= pass.tiles[expert] * weight_tiles;
     }
     const int tiles = token_tiles(expert), first = index % tiles * Traits::kTokens, left = rows(expert) - first;
@@ -142,13 +141,25 @@ struct UpProduct : ExpertsProduct<Traits> {
   __device__ int used_fragments(const ExpertsItem& item) const {
     return Base::used_fragments(item, outputs(item.expert) - first_output(item));
   }
-  // This lane's value in a group: output lane / 4, column lane % 4 * 2 + i of the fragment.
-  __device__ float value(const float (&d)[4], int group, int i) const {
-    if (this->gated()) return d[i] / (1.f + expf(-d[i])) * d[2 + i];
-    const float v = group == 0 ? d[i] : d[2 + i];
-    return v < 0.f ? 0.f : v * v;  // a NaN stays one
+  // In place: element 2 group + i of a fragment is then output lane / 4 of the group, for column lane % 4 * 2 + i.
+  __device__ void activate(Accumulators& acc) const {
+    SIMT_UNROLL
+    for (int m = 0; m < Traits::kM; ++m) {
+      SIMT_UNROLL
+      for (int n = 0; n < Traits::kN; ++n) {
+        float (&v)[4] = acc.at[m][n];
+        if (this->gated()) {
+          SIMT_UNROLL
+          for (int i = 0; i < 2; ++i) v[i] = v[i] / (1.f + expf(-v[i])) * v[2 + i];
+        } else {
+          SIMT_UNROLL
+          for (int i = 0; i < 4; ++i) v[i] = v[i] < 0.f ? 0.f : v[i] * v[i];  // a NaN stays one
+        }
+      }
+    }
   }
-  __device__ void store(const ExpertsItem& item, const Accumulators& acc, T* scratch) const {
+  __device__ void store(const ExpertsItem& item, Accumulators& acc, T* scratch) const {
+    activate(acc);
     if constexpr (sizeof(Hidden) == 2)
       store_through_shared(item, acc, scratch);
     else
@@ -169,7 +180,7 @@ struct UpProduct : ExpertsProduct<Traits> {
         SIMT_UNROLL
         for (int group = 0; group < 2; ++group) {
           if (group >= groups) continue;
-          const uint32_t matrix[2] = {pair(acc.at[m][n], group), pair(acc.at[m][n + 1], group)};
+          const uint32_t matrix[2] = {pair(&acc.at[m][n][2 * group]), pair(&acc.at[m][n + 1][2 * group])};
           const int row = (m * groups + group) * kTurned + simt::lane() % kTurned;
           simt::stmatrix_transposed(simt::shared_address(turned + row * 8), matrix);
         }
@@ -185,8 +196,8 @@ struct UpProduct : ExpertsProduct<Traits> {
     }
   }
   // Two tokens' values as one register.
-  __device__ uint32_t pair(const float (&d)[4], int group) const {
-    const T both[2] = {T(value(d, group, 0)), T(value(d, group, 1))};
+  __device__ static uint32_t pair(const float* values) {
+    const T both[2] = {T(values[0]), T(values[1])};
     uint32_t bits;
     std::memcpy(&bits, both, sizeof bits);
     return bits;
@@ -201,7 +212,7 @@ struct UpProduct : ExpertsProduct<Traits> {
         SIMT_UNROLL
         for (int group = 0; group < 2; ++group) {
           const int output = (m * groups + group) * 8;
-          if (group < groups && first + output < outputs(item.expert)) to[output] = value(acc.at[m][n], group, i);
+          if (group < groups && first + output < outputs(item.expert)) to[output] = acc.at[m][n][2 * group + i];
         }
       }
     });

@@ -117,8 +117,8 @@ void note_byte(Cell& cell, const void* p, bool shared, Access access, uintptr_t 
 }  // namespace
 
 void Meeting::bring(Knowledge& from) {
-  if (from.base.get() != last_joined) join(clock, *from.base);
-  last_joined = from.base.get();
+  if (from.base != last_joined) join(clock, *from.base);
+  last_joined = from.base;
   clock[from.index] = std::max(clock[from.index], from.own);
   ++from.own;
 }

@@ -26,7 +26,7 @@ struct Knowledge {
 // A point where threads exchange what they know: a barrier, or a counter that is signalled.
 struct Meeting {
   Clock clock;
-  const Clock* last_joined = nullptr;
+  std::shared_ptr<const Clock> last_joined;  // kept, so that no other clock takes its address
 
   void bring(Knowledge& from);           // release
   void leave(Knowledge& to) const;       // acquire
