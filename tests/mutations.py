@@ -44,7 +44,7 @@ NORM = planted(
 
 TILE = (
     *planted(
-        "simt/tile.h", "rms_norm", "kernels", "rms_norm",
+        "simt/tile.h", "rms_norm", "kernels kernels_norm", "rms_norm",
         ("no barrier before the block's partial sums are read", "partial[warp()] = value;\n  block_sync();", "partial[warp()] = value;"),
         ("the last warp's partial sum is left out", "for (int w = 1; w < kThreads / kWarp; ++w)", "for (int w = 1; w + 1 < kThreads / kWarp; ++w)"),
         ("a warp's sum stops at two lanes", "mask > 0; mask /= 2", "mask > 1; mask /= 2"),
@@ -71,7 +71,7 @@ COMMIT = (
         ("of equal logits the highest id", "for (int i = kEach - 1; i >= 0; --i) lowest", "for (int i = 0; i < kEach; ++i) lowest"),
         ("the tail of the vocabulary wraps to id 0", "x[i] = id < p.V ? float(row[id]) : -simt::kInfinity;", "x[i] = float(row[id < p.V ? id : 0]);"),
         ("one id past the end is read", "x[i] = id < p.V ?", "x[i] = id <= p.V ?"),
-        ("the mask token is a candidate", "if (place_of<Traits>(i) == hidden) x[i] = -simt::kInfinity;", ""),
+        ("the mask token is a candidate", "if (place_of<Traits>(i) == hidden) x[i] = -simt::kInfinity;", "if (place_of<Traits>(i) == hidden) x[i] += 0.f;"),
         ("the mask token is sampled", "if (score > best && id != p.mask_token_id)", "if (score > best)"),
         ("parts are added without their scale", "parts[i].sum * exp(static_cast<double>(own - max))", "parts[i].sum"),
         ("NaN is not noticed", "max == simt::kInfinity || total != total", "max == simt::kInfinity"),
@@ -144,8 +144,8 @@ MOE = (
     ),
     *planted(
         "kernels/moe_products.cuh", "moe_experts", "kernels kernels_moe kernels_large", "moe_experts",
-        ("negative numbers are squared, too", "v < 0.f ? 0.f : v * v", "v * v"),
-        ("gate and value are exchanged", "d[i] / (1.f + expf(-d[i])) * d[2 + i]", "d[2 + i] / (1.f + expf(-d[2 + i])) * d[i]"),
+        ("negative numbers are squared, too", "v[i] < 0.f ? 0.f : v[i] * v[i];", "v[i] * v[i];"),
+        ("gate and value are exchanged", "v[i] / (1.f + expf(-v[i])) * v[2 + i]", "v[2 + i] / (1.f + expf(-v[2 + i])) * v[i]"),
         ("the wait for an expert misses one item", "this->up_weight_tiles(item.expert) * this->token_tiles(item.expert))", "this->up_weight_tiles(item.expert) * this->token_tiles(item.expert) - 1)"),
         ("the wait for all misses one item", "(pass.tiles[p.E] + this->token_tiles(this->shared_expert())));", "(pass.tiles[p.E] + this->token_tiles(this->shared_expert())) - 1);"),
         ("an expert's last tile of tokens is full", "left < Traits::kTokens ? left : Traits::kTokens;", "Traits::kTokens;"),

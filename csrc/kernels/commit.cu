@@ -10,7 +10,7 @@ namespace {
 constexpr const char* kOp = "denoise_commit";
 constexpr int kScanThreads = 128;    // 32 logits a thread, all of them in flight; few threads to reduce over
 constexpr int kFilterThreads = 512;  // 64 registers a thread: two positions an SM, and nothing spills
-constexpr int kRowThreads = 512;     // a warp for each of 16 positions
+constexpr int kRowThreads = 256;     // a warp for two of 16 positions; with 512 ptxas spills on sm_80
 
 int64_t parts_of(const CommitParams& p) {
   return (p.V + kernels::kPart - 1) / kernels::kPart;

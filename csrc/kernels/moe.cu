@@ -1,5 +1,4 @@
-// moe_experts: lays out the workspace, picks a tile, and launches the sort and the products for one pass after the
-// other.
+// moe_experts: picks a tile, and launches the sort and the products for one pass over the tokens after the other.
 #include <algorithm>
 #include <span>
 
@@ -24,7 +23,7 @@ struct Tile {
   int64_t most;
 };
 constexpr Tile kTensorTiles[] = {
-    // Decoding: reading weights takes all the time. 24 KB of them are under way in a block, 4 or 5 blocks fit an SM.
+    // Decoding: reading weights takes all the time. 24 KB are under way in a block, and 3 to 5 blocks (sm_120: 2) fit.
     {64, 16, 4, 1, 4, 8},
     // Some hundred tokens: still the weights, but tokens come from L2 half as often in tiles of twice the rows.
     {128, 64, 4, 1, 3, 64},
@@ -40,10 +39,10 @@ constexpr std::span<const Tile> kTiles = kPlainTiles;
 template <>
 constexpr std::span<const Tile> kTiles<simt::bfloat16> = kTensorTiles;
 
-// Bytes of shared memory that a block may have.
-int64_t shared_limit() {
-  const int capability = simt::compute_capability(simt::current_device(kOp));
-  return (capability == 80 || capability == 90 || capability == 100 ? 163 : 99) << 10;
+// Experts without width give nothing, so that no token has to visit them.
+ExpertsParams without_idle_slots(ExpertsParams p) {
+  if (p.F == 0) p.k = 0;
+  return p;
 }
 
 int64_t pass_tokens(const ExpertsParams& p) {
@@ -62,8 +61,8 @@ void launch_pass(const ExpertsParams& p, ExpertsPass pass, void* stream) {
   pass.y_aligned = aligned<T>(p.y);
   simt::launch(kOp, kernels::sort_pairs_kernel, p.E + 1, kernels::kSortThreads, 0, stream, p, pass);
   // No more blocks than either product has items.
-  const int64_t tiles =
-      std::min(pass.pairs, p.E + pass.pairs / Traits::kTokens) + ceil_div(pass.tokens, Traits::kTokens);
+  const int64_t routed = std::min(pass.pairs, p.E + pass.pairs / Traits::kTokens);
+  const int64_t tiles = routed + ceil_div(pass.tokens, Traits::kTokens);
   const int64_t items = tiles * ceil_div(2 * std::max({p.D, p.F, p.shared_F}), Traits::kRows);
   const int64_t blocks = std::min(simt::coresident_blocks<kKernel>(kOp, Traits::kThreads, kShared), items);
   simt::launch_coresident(kOp, kKernel, blocks, Traits::kThreads, kShared, stream, p, pass);
@@ -77,7 +76,7 @@ void choose_tile(const ExpertsParams& p, const ExpertsPass& pass, void* stream) 
     const int64_t rows = std::min(p.E, pass.pairs) * p.F + p.shared_F;  // of weights, each counted once and a token
     const int64_t served = pass.pairs * p.F + pass.tokens * p.shared_F;
     if (ceil_div(served, std::max<int64_t>(rows, 1)) > kTile.most ||
-        sizeof(kernels::ExpertsSmem<Traits>) > shared_limit())
+        int64_t{sizeof(kernels::ExpertsSmem<Traits>)} > simt::shared_limit(kOp))
       return choose_tile<T, kIndex + 1>(p, pass, stream);
   }
   launch_pass<Traits>(p, pass, stream);
@@ -91,13 +90,13 @@ void require_at_most(int64_t most, int64_t got, const char* what) {
 
 }  // namespace
 
-int64_t moe_experts_workspace(const ExpertsParams& p) {
+int64_t moe_experts_workspace(const ExpertsParams& params) {
+  const ExpertsParams p = without_idle_slots(params);
   return kernels::lay_out_pass(p, pass_tokens(p)).second;
 }
 
 void moe_experts(const ExpertsParams& params, void* stream) {
-  ExpertsParams p = params;
-  if (p.F == 0) p.k = 0;  // experts without width give nothing
+  const ExpertsParams p = without_idle_slots(params);
   require_supported_device(kOp);
   require_at_most(kernels::kMaxExperts, p.E, "up must have a number of experts of");
   require_at_most(kMaxWidth, std::max({p.D, p.F, p.shared_F, p.k}),

@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kSortThreads) sort_pairs_kernel(const ExpertsP
     for (int i = simt::thread_index(); i < tiles; i += kSortThreads) pass.expert_of[tiles_before + i] = expert;
     place_pairs(p, pass, s, expert, rows_before);
   } else {
-    if (simt::thread_index() == 0) *pass.down_ready = 0, pass.taken[0] = 0, pass.taken[1] = 0;
+    if (simt::thread_index() == 0) *pass.down_ready = pass.taken[0] = pass.taken[1] = 0;
     for (int i = simt::thread_index(); i < pass.pairs; i += kSortThreads)
       if (expert_of_pair(p, pass, i) < 0) pass.row_of[i] = -1;
   }

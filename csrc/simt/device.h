@@ -34,11 +34,12 @@ __device__ inline int64_t block_index() {
 __device__ inline int64_t block_count() {
   return gridDim.x;
 }
+// Unsigned arithmetic: the signed would cost registers everywhere.
 __device__ inline int lane() {
-  return thread_index() % kWarp;
+  return static_cast<int>(threadIdx.x % kWarp);
 }
 __device__ inline int warp() {
-  return thread_index() / kWarp;
+  return static_cast<int>(threadIdx.x / kWarp);
 }
 
 // --- barriers --------------------------------------------------------------------------------------------------------

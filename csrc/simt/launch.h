@@ -34,6 +34,18 @@ inline int compute_capability(int device) {
   return 10 * major + minor;
 }
 
+// The most bytes of shared memory that a block may have on the current device, asked once a device.
+inline int64_t shared_limit(const char* op) {
+  static std::array<std::atomic<int>, kMaxDevices> known;
+  const int device = current_device(op);
+  if (device < kMaxDevices)
+    if (const int remembered = known[device].load(std::memory_order_relaxed)) return remembered;
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), op);
+  if (device < kMaxDevices) known[device].store(bytes, std::memory_order_relaxed);
+  return bytes;
+}
+
 namespace detail {
 inline void allow_shared(const char* op, const void* kernel, size_t bytes) {
   if (bytes > 48 * 1024)
