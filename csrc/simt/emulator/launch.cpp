@@ -116,3 +116,11 @@ void run(const Launch& launch, void (*body)(void*), void* context) {
 extern "C" __attribute__((visibility("default"))) uint64_t twotower_ldmatrix_conflicts() {
   return twotower::simt::emulated::machine.ldmatrix_conflicts;
 }
+
+// For conditions of breakpoints: where the running thread is.
+extern "C" int twotower_thread() {
+  return twotower::simt::emulated::thread_in_block();
+}
+extern "C" int64_t twotower_block() {
+  return twotower::simt::emulated::block_in_grid();
+}
