@@ -45,14 +45,16 @@ class Backend:
         return tuple(map(to_host, results)) if isinstance(results, tuple) else to_host(results)
 
     def put(self, value: Any) -> Any:
-        """A tensor on the device, with the same strides; anything else as it is."""
+        """A tensor on the device, with the same strides and as far from a multiple of 16 bytes; others as they are."""
         if self.device == "cpu" or not isinstance(value, Tensor):
             return value
-        if value.numel() == 0 or value.is_contiguous():
+        if value.numel() == 0:
             return value.to(self.device)
         extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-        storage = value.as_strided((extent,), (1,)).to(self.device)
-        return storage.as_strided(value.shape, value.stride())
+        skipped = value.data_ptr() % 16 // value.element_size()
+        storage = torch.empty(skipped + extent, dtype=value.dtype, device=self.device)
+        storage[skipped:] = value.as_strided((extent,), (1,)).to(self.device)
+        return storage.as_strided(value.shape, value.stride(), skipped)
 
 
 def to_host(result: Tensor | None) -> Tensor | None:

@@ -8,21 +8,19 @@ the kernel table takes its evidence.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import emulation
+import evidence_file
 from twotower_ext.benchmarks import outcomes
 
 from twotower_ext.registry import OPS
 
 ROOT = emulation.ROOT
-RESULTS = ROOT / "benchmarks" / "results" / "emulation.json"
 MARKS = "emulated and not gpu"
 
 
@@ -46,23 +44,24 @@ def run(variant: str) -> dict:
     ok = done.returncode == 0 and not bad and found["passed"] > 0
     if not ok:
         print(done.stdout[-20000:] + done.stderr[-8000:] + "\n".join(["not passed:", *bad]), flush=True)
-    return {"ok": ok, "kernels": {op: len(tests["passed"]) for op, tests in found["ops"].items()}}
+    return {"ok": ok, "kernels": {op: len(tests["passed"]) for op, tests in found["ops"].items() if OPS[op].cuda}}
 
 
-def by_kernel(runs: dict[str, dict], before: dict) -> dict[str, dict]:
-    """kernel -> variant -> how many of its tests have passed; what mutate.py knows of a kernel stays."""
-    return {
-        name: before.get(name, {}) | {variant: run["kernels"].get(name, 0) for variant, run in runs.items()}
-        for name, row in OPS.items()
-        if row.cuda
-    }
+def keep(runs: dict[str, dict]) -> None:
+    """Writes how many tests of each kernel have passed in each build."""
+    found = evidence_file.load()
+    found |= {"commit": evidence_file.commit(), "policies": list(emulation.ALL_POLICIES)}
+    for variant, run in runs.items():
+        for name, passed in run["kernels"].items():
+            found["kernels"].setdefault(name, {})[variant] = passed
+    evidence_file.save(found)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", default=list(emulation.VARIANTS), metavar="variant")
     parser.add_argument("--all", action="store_true", help="fail where a build cannot run here")
-    parser.add_argument("--write", action="store_true", help=f"keep the counts in {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--write", action="store_true", help="keep the counts, if all pass")
     options = parser.parse_args()
     if unknown := set(options.variants) - set(emulation.VARIANTS):
         parser.error(f"no such build: {', '.join(sorted(unknown))}")
@@ -72,12 +71,9 @@ def main() -> int:
     chosen = [v for v in options.variants if v not in reasons]
     with ThreadPoolExecutor(2) as pool:
         runs = dict(zip(chosen, pool.map(run, chosen), strict=True))
-    if options.write and len(chosen) == len(emulation.VARIANTS):
-        result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        result["policies"] = list(emulation.ALL_POLICIES)
-        result["kernels"] = by_kernel(runs, result.get("kernels", {}))
-        Path(RESULTS).write_text(json.dumps(result, indent=1) + "\n")
     failed = not all(r["ok"] for r in runs.values())
+    if options.write and not failed and len(chosen) == len(emulation.VARIANTS):
+        keep(runs)
     return 1 if failed or (options.all and reasons) else 0
 
 

@@ -53,7 +53,15 @@ def missing(which: str) -> str | None:
         return f"the emulator's stack switch is written for x86-64, this is {platform.machine()}"
     if which != "plain" and clang() is None:
         return "clang++ 16 or newer is not installed"
+    if which == "asan" and not asan_runtime().exists():
+        return "clang's sanitizer run-time library (libclang-rt-16-dev) is not installed"
     return None
+
+
+def asan_runtime() -> Path:
+    name = "libclang_rt.asan-x86_64.so"
+    found = subprocess.run([str(clang()), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return Path(found.stdout.strip())  # the bare name where there is none
 
 
 def folder(which: str, source: Path = ROOT) -> Path:
@@ -102,12 +110,8 @@ def environment(which: str) -> dict[str, str]:
     """What a process needs in order to load a variant."""
     variables = {"TWOTOWER_EMULATED": which, "OMP_NUM_THREADS": "1"}
     if which == "asan":
-        runtime = "libclang_rt.asan-x86_64.so"
-        found = subprocess.run(
-            [str(clang()), f"-print-file-name={runtime}"], capture_output=True, text=True, check=True
-        )
         variables |= {
-            "LD_PRELOAD": found.stdout.strip(),
+            "LD_PRELOAD": str(asan_runtime()),
             # Python and torch leak on purpose and link copies of common code; fibers would cost a second stack each.
             "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:detect_stack_use_after_return=0",
             "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",

@@ -8,7 +8,6 @@ emulator reports, or the tests do not end.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -19,11 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import emulation
+import evidence_file
 from mutations import MUTATIONS, Mutation
 
 ROOT = emulation.ROOT
 TREE = ROOT / "build" / "mutants"
-RESULTS = ROOT / "benchmarks" / "results" / "emulation.json"
 DOCUMENT = ROOT / "docs" / "emulation.md"
 BEGIN, END = "<!-- mutations:begin -->", "<!-- mutations:end -->"
 SECONDS = 180  # for the tests of one mutant in one build
@@ -63,15 +62,16 @@ def run_tests(variant: str, files: tuple[str, ...], select: str) -> tuple[bool, 
     except subprocess.TimeoutExpired:
         return False, "does not end"
     text = done.stdout + done.stderr
-    if done.returncode == 5:
-        raise RuntimeError(f"no test is selected by {select!r} in {', '.join(files)}")
+    if done.returncode in (2, 3, 4, 5):  # pytest was not able to run the tests
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{text[-3000:]}")
     return done.returncode == 0, text
 
 
 SIGNS = (
     ("RACE", "race"), ("UNINITIALISED", "uninitialised"), ("OUT OF BOUNDS", "bounds"), ("DEADLOCK", "deadlock"),
     ("DIVERGENCE", "divergence"), ("AddressSanitizer", "address"), ("runtime error", "undefined behaviour"),
-    ("emulator:", "emulator"), ("does not end", "endless"), ("AssertionError", "wrong result"), ("E   ", "wrong result"),
+    ("emulator:", "emulator"), ("does not end", "endless"), ("AssertionError", "wrong result"),
+    ("E   ", "wrong result"),
 )  # fmt: skip
 
 
@@ -107,24 +107,20 @@ def table(outcomes: dict[str, dict[str, str]]) -> str:
         if (found := outcomes.get(mutation.name)) is not None:
             cells = [found.get(v) or "–" for v in emulation.VARIANTS]
             lines.append(f"| {mutation.name} | `{Path(mutation.file).name}` | {' | '.join(cells)} |")
-    caught = sum(any(o.values()) for o in outcomes.values())
+    caught = sum(map(evidence_file.is_caught, outcomes.values()))
     totals = Counter(v for o in outcomes.values() for v, how in o.items() if how)
     each = ", ".join(f"{v} {totals[v]}" for v in emulation.VARIANTS)
     return "\n".join([*lines, "", f"{caught} of {len(outcomes)} are caught ({each})."])
 
 
-def write(found: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """Puts outcomes beside those of earlier runs, as far as the mutations still exist; returns all of them."""
-    result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    outcomes = result.get("mutations", {}) | found
-    result["mutations"] = outcomes = {m.name: outcomes[m.name] for m in MUTATIONS if m.name in outcomes}
-    for op, kernel in result.setdefault("kernels", {}).items():
-        own = [outcomes[m.name] for m in MUTATIONS if op in m.ops and m.name in outcomes]
-        kernel |= {"mutants": len(own), "caught": sum(any(o.values()) for o in own)}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+def write(outcomes: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Puts outcomes beside those of earlier runs, in the results and in the document; returns all of them."""
+    found = evidence_file.load()
+    found["mutations"] |= outcomes
+    evidence_file.save(found)
     before, rest = DOCUMENT.read_text().split(BEGIN)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{table(outcomes)}\n{END}{rest.split(END)[1]}")
-    return outcomes
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{table(found['mutations'])}\n{END}{rest.split(END)[1]}")
+    return found["mutations"]
 
 
 def main() -> int:
@@ -161,7 +157,7 @@ def main() -> int:
         outcomes = write({mutation.name: found})
         how = ", ".join(f"{v}: {found[v] or 'missed'}" for v in variants)
         print(f"[{i + 1}/{len(chosen)}] {mutation.name}: {how} ({time.monotonic() - started:.0f} s)", flush=True)
-    caught = sum(any(o.values()) for o in outcomes.values())
+    caught = sum(map(evidence_file.is_caught, outcomes.values()))
     print(f"{caught} of {len(outcomes)} caught")
     return 0 if caught >= TARGET * len(outcomes) and not invalid else 1
 

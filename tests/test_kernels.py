@@ -88,10 +88,11 @@ REFUSED_STRIDED = {("moe_experts", weight) for weight in ("up", "down", "shared_
 
 
 @every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [last_axis_strided, shifted])
-def test_layouts(name: str, layout, backend: Backend):
+def test_layouts(name: str, layout, dtype: torch.dtype, backend: Backend):
     """Strided and unaligned tensors are read as they are, or refused by name."""
-    sample = OPS[name].samples()[1]
+    sample = OPS[name].samples("cpu", dtype)[1]
     expected = tuple_of(backend.run(name, *sample.args, **sample.kwargs))
     arguments = bound(name, sample)
     for argument, value in arguments.items():
@@ -104,7 +105,7 @@ def test_layouts(name: str, layout, backend: Backend):
         else:
             actual = tuple_of(backend.run(name, **changed))
             # An unaligned row is read in narrower accesses, so its sums may be added in another order.
-            assert compare(actual, expected, OPS[name].tolerance[torch.float32]) is None, argument
+            assert compare(actual, expected, OPS[name].tolerance[dtype]) is None, argument
 
 
 @every_kernel

@@ -91,8 +91,10 @@ def test_denoise_commit_threshold_is_strict(backend: Backend):
 @pytest.mark.parametrize("top_k", [0, 2])
 def test_denoise_commit_what_is_not_finite(top_k: int, temperature: float, dtype: torch.dtype, backend: Backend):
     """NaN and +inf spoil a position, -inf does not, and the mask token's logit is never looked at."""
-    logits, _ = inputs(1, 7, PART + 50, dtype)
-    block = torch.full((1, 7), MASK)
+    logits, _ = inputs(1, 8, PART + 50, dtype)
+    block = torch.full((1, 8), MASK)
+    logits[0, 7, :PART] = -math.inf  # a part that holds nothing else than
+    logits[0, 7, 17] = math.nan
     logits[0, 0, 17] = math.nan
     logits[0, 1, PART + 49] = math.inf
     logits[0, 2, :PART] = -math.inf
@@ -100,8 +102,8 @@ def test_denoise_commit_what_is_not_finite(top_k: int, temperature: float, dtype
     logits[0, 4, MASK] = math.nan
     logits[0, 5, MASK] = math.inf
     actual = check(backend, logits, block, 0, 1, temperature=temperature, top_k=top_k)
-    assert actual[2].isnan().tolist() == [[True, True, False, True, False, False, False]]
-    assert actual[1].tolist() == [[False, False, True, False, True, True, True]]
+    assert actual[2].isnan().tolist() == [[True, True, False, True, False, False, False, True]]
+    assert actual[1].tolist() == [[False, False, True, False, True, True, True, False]]
     assert actual[4].tolist() == [1]
 
 

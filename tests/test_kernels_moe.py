@@ -42,6 +42,25 @@ def test_moe_route_against_float64(tokens, width, experts, k, dtype, backend: Ba
     torch.testing.assert_close(weights.double(), expected, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "width", "experts", "dtype"),
+    [(257, 260, 70, torch.bfloat16), (258, 33, 65, torch.float32), (250, 260, 260, torch.float32)],
+    ids=["large tiles", "unaligned", "all slices in one block"],
+)
+def test_moe_route_of_many_tokens(tokens, width, experts, dtype, backend: Backend):
+    """Over 256 tokens take larger tiles, over 256 tiles sum a token in one block: the same bits either way."""
+    g = generator(tokens, width, experts)
+    x = torch.randn(tokens, width, generator=g).to(dtype)
+    gate, bias = torch.randn(experts, width, generator=g) * width**-0.5, torch.randn(experts, generator=g)
+    ids, weights = backend.run("moe_route", x, gate, bias, 6, 2.5)
+    expected_ids, expected = reference.moe_route(x.double(), gate.double(), bias.double(), 6, 2.5)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights.double(), expected, rtol=2e-6, atol=1e-7)
+    few = backend.run("moe_route", x[-5:], gate, bias, 6, 2.5)
+    assert torch.equal(few[0], ids[-5:])
+    assert torch.equal(few[1], weights[-5:])
+
+
 def test_moe_route_ties_go_to_the_lowest_ids(backend: Backend):
     x, gate = torch.ones(3, 8), torch.zeros(70, 8)
     bias = torch.zeros(70)
@@ -105,10 +124,15 @@ def test_moe_experts_against_float64(tokens, width, count, inner, k, shared, gat
     check(backend, experts(tokens, width, count, inner, k, shared, gated, dtype), dtype, gated)
 
 
+@pytest.mark.parametrize("shared_kib", [163, 99])
 @pytest.mark.parametrize("width", [130, 64])
-def test_moe_experts_in_the_largest_tile(width: int, backend: Backend):
-    """More than 48 tokens an expert, on average."""
-    check(backend, experts(130, width, 2, 72, 1, 24, False, torch.bfloat16), torch.bfloat16)
+def test_moe_experts_in_the_largest_tile(width: int, shared_kib: int, backend: Backend, monkeypatch):
+    """More than 64 tokens a row of weights; in 99 KiB of shared memory fewer stages. A token's bits are its own."""
+    monkeypatch.setenv("SIMT_SHARED_KIB", str(shared_kib))
+    arguments = experts(130, width, 2, 72, 1, 24, False, torch.bfloat16)
+    many = check(backend, arguments, torch.bfloat16)
+    alone = backend.run("moe_experts", *(a[7:8] for a in arguments[:3]), *arguments[3:])
+    assert torch.equal(alone, many[7:8])
 
 
 def test_moe_experts_over_two_passes(backend: Backend):

@@ -44,7 +44,6 @@ ALLOWED_INCLUDES = {
     "kernels": {"kernels", "simt", "root"},
     "simt": {"simt", "cpu/half.h"},
     "emulator": {"emulator", "simt"},
-    "primitives": {"primitives", "simt"},  # of the tests
     "root": {"root", "cpu/half.h", "cpu/parallel.h"},
 }
 

@@ -204,16 +204,16 @@ __device__ void combine(const ExpertsParams& p, const ExpertsPass& pass) {
       float weight[kSlots];
       Sum out[kSlots];
       SIMT_UNROLL
-      for (int s = 0; s < kSlots; ++s) row[s] = first + s < k ? rows[s] : -1;
+      for (int s = 0; s < kSlots; ++s) row[s] = first + s < k ? rows[s] : kNoRow;
       SIMT_UNROLL
       for (int s = 0; s < kSlots; ++s) weight[s] = first + s < k ? weights[s] : 0.f;
       SIMT_UNROLL
-      for (int s = 0; s < kSlots; ++s) out[s] = row[s] < 0 ? Sum{} : load(row[s], column);
+      for (int s = 0; s < kSlots; ++s) out[s] = row[s] == kNoRow ? Sum{} : load(row[s], column);
       SIMT_UNROLL
       for (int s = 0; s < kSlots; ++s) {
         SIMT_UNROLL
         for (int j = 0; j < kVector; ++j)
-          if (row[s] >= 0) sum.at[j] += weight[s] * out[s].at[j];
+          if (row[s] != kNoRow) sum.at[j] += weight[s] * out[s].at[j];
       }
     }
     simt::Vector<T, kVector> y;

@@ -10,6 +10,8 @@
 
 namespace twotower::kernels {
 
+constexpr int32_t kNoRow = INT32_MIN;  // not -1, which is what tests fill fresh memory with
+
 // One pass over a bounded number of tokens, and its arrays in the workspace. A "row" is a pair in expert order: the
 // pairs of expert 0 as they come, then those of expert 1, ...; rows [pairs, pairs + tokens) are the shared expert's,
 // token by token. The shared expert has number E.
@@ -18,7 +20,7 @@ struct ExpertsPass {
   int64_t pairs;          // tokens * k
   int tile_rows;          // rows of a token tile; no tile has rows of two experts
   int32_t* token_of;      // [pairs] row -> token of the pass
-  int32_t* row_of;        // [tokens, k] pair -> row; -1 where there is no such expert
+  int32_t* row_of;        // [tokens, k] pair -> row; kNoRow where there is no such expert
   int32_t* start;         // [E + 1] expert -> its first row; of E: the end of the rows of all others
   int32_t* tiles;         // [E + 1] expert -> token tiles of the experts before it
   int32_t* expert_of;     // [tiles[E]] token tile -> expert
@@ -152,7 +154,7 @@ __global__ void __launch_bounds__(kSortThreads) sort_pairs_kernel(const ExpertsP
   } else {
     if (simt::thread_index() == 0) *pass.down_ready = pass.taken[0] = pass.taken[1] = 0;
     for (int i = simt::thread_index(); i < pass.pairs; i += kSortThreads)
-      if (expert_of_pair(p, pass, i) < 0) pass.row_of[i] = -1;
+      if (expert_of_pair(p, pass, i) < 0) pass.row_of[i] = kNoRow;
   }
 }
 

@@ -85,7 +85,7 @@ __device__ inline uint32_t bits_of(float value) {
 
 // --- arithmetic ------------------------------------------------------------------------------------------------------
 
-// Reciprocal square root, correctly rounded to within 1 ulp (the .approx instruction is not).
+// Reciprocal square root, rounded to nearest (the .approx instruction is not).
 __device__ inline float rsqrt(float x) {
   return __frsqrt_rn(x);
 }
@@ -159,8 +159,7 @@ __device__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// --- matrices of 16-bit elements: collective
-// ---------------------------------------------------------------------------
+// --- matrices of 16-bit elements: collective -------------------------------------------------------------------------
 
 // Loads four 8x8 matrices. Lane 8 i + r gives the address of row r (16 bytes, aligned) of matrix i. matrix[i] of lane l
 // receives row l / 4, columns 2 (l % 4) and the next.

@@ -80,6 +80,9 @@ struct Launch {
 // Runs body(context) once a thread of every block; throws std::runtime_error with a report where the kernel is wrong.
 void run(const Launch& launch, void (*body)(void*), void* context);
 
+// Bytes of shared memory that a block may have: SIMT_SHARED_KIB, by default 163, as on sm_80.
+int64_t shared_limit();
+
 constexpr int64_t kCoresidentBlocks = 3;  // few and odd, so that work is shared out unevenly
 
 template <class T>
@@ -241,7 +244,7 @@ inline int compute_capability(int) {
   return 80;
 }
 inline int64_t shared_limit(const char*) {
-  return 163 * 1024;  // sm_80's
+  return emulated::shared_limit();
 }
 template <class... P, class... A>
 void launch(const char* op, void (*kernel)(P...), int64_t blocks, int threads, size_t shared, void*, A... args) {

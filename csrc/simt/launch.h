@@ -7,13 +7,17 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <type_traits>
 
 namespace twotower::simt {
 
 constexpr int kMaxDevices = 128;  // devices whose facts are remembered
 
 inline void check(cudaError_t status, const char* op) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // forgets it, so that the next op is not blamed
+  throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(status));
 }
 
 inline int current_device(const char* op) {
@@ -22,14 +26,17 @@ inline int current_device(const char* op) {
   return device;
 }
 
-// 10 * major + minor of a device, asked once: the launch path stays free of driver calls. 0: no such device.
+// 10 * major + minor of a device, asked once a device. 0: no such device.
 inline int compute_capability(int device) {
   static std::array<std::atomic<int>, kMaxDevices> known;
   if (device < 0 || device >= kMaxDevices) return 0;
   if (const int remembered = known[device].load(std::memory_order_relaxed)) return remembered;
   int major = 0, minor = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
   known[device].store(10 * major + minor, std::memory_order_relaxed);
   return 10 * major + minor;
 }
@@ -69,10 +76,15 @@ void launch_coresident(const char* op, void (*kernel)(P...), int64_t blocks, int
                        A... args) {
   if (blocks == 0) return;
   detail::allow_shared(op, reinterpret_cast<const void*>(kernel), shared);
-  void* pointers[] = {&args...};
-  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                                    dim3(threads), pointers, shared, static_cast<cudaStream_t>(stream)),
-        op);
+  std::tuple<std::remove_cv_t<P>...> parameters(args...);  // of the kernel's types: the launch sees only addresses
+  std::apply(
+      [&](auto&... parameter) {
+        void* pointers[] = {&parameter...};
+        check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                                          dim3(threads), pointers, shared, static_cast<cudaStream_t>(stream)),
+              op);
+      },
+      parameters);
 }
 
 // How many blocks of a kernel the current device can hold at once; asked once a kernel and device.

@@ -1,5 +1,6 @@
 // Runs a launch: all blocks at once where they are co-resident, else one after another in the policy's order.
 #include <algorithm>
+#include <cstdlib>
 #include <mutex>
 #include <numeric>
 
@@ -70,7 +71,7 @@ void validate(const Launch& launch) {
     throw std::runtime_error(op + ": emulator: " + std::to_string(launch.threads) + " threads a block");
   if (launch.blocks >= int64_t{1} << 31)
     throw std::runtime_error(op + ": emulator: " + std::to_string(launch.blocks) + " blocks");
-  if (launch.shared > Arena::kMaxDynamic)
+  if (static_cast<int64_t>(launch.shared) > shared_limit())
     throw std::runtime_error(op + ": emulator: " + std::to_string(launch.shared) + " bytes of dynamic shared memory");
   if (launch.coresident && launch.blocks > kCoresidentBlocks)
     throw std::runtime_error(op + ": emulator: more blocks than coresident_blocks() says fit");
@@ -86,6 +87,11 @@ std::vector<int64_t> order_of_blocks(int64_t count) {
 }
 
 }  // namespace
+
+int64_t shared_limit() {
+  const char* given = std::getenv("SIMT_SHARED_KIB");
+  return std::min<int64_t>(given ? std::atoi(given) * 1024 : 163 * 1024, Arena::kMaxDynamic);
+}
 
 void run(const Launch& launch, void (*body)(void*), void* context) {
   static std::mutex one_launch_at_a_time;
