@@ -140,6 +140,14 @@ def test_load_and_store(backend: Backend, bits: int, width: int):
 
 
 @every_backend
+def test_store_16_bytes(backend: Backend):
+    """To shared and to global memory."""
+    given = words(4 * WARP) // 2
+    out = run(backend, "store_16_bytes", given, torch.zeros_like(given))
+    assert torch.equal(out.view(WARP, 4), given.view(WARP, 4).flip(1) + 1)
+
+
+@every_backend
 @WIDTHS
 @pytest.mark.parametrize("least", [-3, 0])
 def test_load_part(backend: Backend, bits: int, width: int, least: int):

@@ -32,7 +32,20 @@ __global__ void store_part(const uint32_t* in, uint32_t* out, int64_t n) {
   simt::store_part(reinterpret_cast<T*>(out) + N * thread, v, n + thread);
 }
 
+using Words = simt::Vector<uint32_t, 4>;
+
+// Each thread's four words go, in reverse, to shared memory, and from there with 1 added to each to global memory.
+__global__ void store_16_bytes(const uint32_t* in, uint32_t* out, int64_t) {
+  SIMT_SHARED(Words, kept, kThreads);
+  const int thread = simt::thread_index();
+  const uint32_t* from = in + 4 * thread;
+  simt::store_16_bytes(&kept[thread], {from[3], from[2], from[1], from[0]});
+  const uint32_t* at = kept[thread].at;
+  simt::store_16_bytes(out + 4 * thread, {at[0] + 1, at[1] + 1, at[2] + 1, at[3] + 1});
+}
+
 constexpr Entry kEntries[] = {
+    {"store_16_bytes", store_16_bytes, 1, kThreads},
     {"load_store_32x1", load_store<uint32_t, 1>, 1, kThreads},
     {"load_store_32x4", load_store<uint32_t, 4>, 1, kThreads},
     {"load_store_16x8", load_store<uint16_t, 8>, 1, kThreads},
