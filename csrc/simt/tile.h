@@ -186,21 +186,6 @@ struct RowCopies {
   }
 };
 
-// The same with source(r) for where row r's first column is, null for a row of zeros.
-template <int kThreads, class Tile, class Source>
-__device__ void copy_rows(Tile& tile, int64_t columns, bool aligned, Source&& source) {
-  using Copies = RowCopies<kThreads, Tile>;
-  const typename Tile::T* from[Copies::kCount];
-  uint32_t present = 0;
-  SIMT_UNROLL
-  for (int i = 0; i < Copies::kCount; ++i) {
-    from[i] = source(Copies::row(i));
-    present |= uint32_t{from[i] != nullptr} << i;
-  }
-  Copies::start(tile, columns < Tile::kColumns ? static_cast<int>(columns) : Tile::kColumns, aligned, present,
-                [&](int i) { return from[i]; });
-}
-
 // --- products of tiles -----------------------------------------------------------------------------------------------
 
 // A warp's part of a product: kM x kN fragments of 16 x 8.

@@ -15,22 +15,17 @@ __global__ void place(const uint32_t*, uint32_t* out, int64_t) {
 }
 
 // in: rows of 80 elements of T. Row r of the tile is row 7 r % kRows of them from element n % 16 on; every fifth is
-// absent. n / 16: how many columns there are. out: the tile's elements as floats. kByShare: the thread's share itself.
-template <class T, bool kByShare>
-__global__ void copy_rows(const uint32_t* in, uint32_t* out, int64_t n) {
+// absent. n / 16: how many columns there are. out: the tile's elements as floats.
+template <class T>
+__global__ void row_copies(const uint32_t* in, uint32_t* out, int64_t n) {
   using Tile = simt::SharedTile<T, kRows, kColumns>;
   using Copies = simt::RowCopies<kThreads, Tile>;
   auto& tile = simt::dynamic_shared<Tile>();
   const bool aligned = n % 16 * sizeof(T) % 16 == 0;
   const auto source = [&](int row) { return reinterpret_cast<const T*>(in) + 7 * row % kRows * 80 + n % 16; };
-  if constexpr (kByShare) {
-    uint32_t present = 0;
-    for (int i = 0; i < Copies::kCount; ++i) present |= uint32_t{Copies::row(i) % 5 != 4} << i;
-    Copies::start(tile, n / 16, aligned, present, [&](int i) { return source(Copies::row(i)); });
-  } else {
-    simt::copy_rows<kThreads>(tile, n / 16, aligned,
-                              [&](int row) -> const T* { return row % 5 == 4 ? nullptr : source(row); });
-  }
+  uint32_t present = 0;
+  for (int i = 0; i < Copies::kCount; ++i) present |= uint32_t{Copies::row(i) % 5 != 4} << i;
+  Copies::start(tile, n / 16, aligned, present, [&](int i) { return source(Copies::row(i)); });
   simt::cp_async_commit();
   simt::cp_async_wait<0>();
   simt::block_sync();
@@ -86,10 +81,8 @@ constexpr Entry kEntries[] = {
     {"place_float32_64", place<float, 64>, 1, kThreads},
     {"place_bfloat16_64", place<bfloat16, 64>, 1, kThreads},
     {"place_bfloat16_128", place<bfloat16, 128>, 1, kThreads},
-    {"copy_rows_float32", copy_rows<float, false>, 1, kThreads, kTile<float>},
-    {"copy_rows_bfloat16", copy_rows<bfloat16, false>, 1, kThreads, kTile<bfloat16>},
-    {"row_copies_float32", copy_rows<float, true>, 1, kThreads, kTile<float>},
-    {"row_copies_bfloat16", copy_rows<bfloat16, true>, 1, kThreads, kTile<bfloat16>},
+    {"row_copies_float32", row_copies<float>, 1, kThreads, kTile<float>},
+    {"row_copies_bfloat16", row_copies<bfloat16>, 1, kThreads, kTile<bfloat16>},
     {"multiply_bfloat16_bfloat16_3", multiply<bfloat16, bfloat16, 3>, 1, kThreads, sizeof(Factors<bfloat16, bfloat16>)},
     {"multiply_bfloat16_bfloat16_2", multiply<bfloat16, bfloat16, 2>, 1, kThreads, sizeof(Factors<bfloat16, bfloat16>)},
     {"multiply_bfloat16_bfloat16_1", multiply<bfloat16, bfloat16, 1>, 1, kThreads, sizeof(Factors<bfloat16, bfloat16>)},
