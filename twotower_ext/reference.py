@@ -1,14 +1,16 @@
 """The slow, obvious torch version of every op: the oracle of the tests, and what backward formulas recompute.
 
 Every function has the signature, shapes and dtypes of its namesake in `twotower_ext.ops`, which also checks the
-arguments. Arithmetic runs in the accumulation dtype (float64 for float64 activations, else float32) and is rounded
-once, to the output's dtype. All but `denoise_commit` and `lm_head_commit` are differentiable and trace with fake
-tensors: neither their control flow nor their shapes depend on data.
+arguments; some take one thing more, `scan` or `attend`, another way to compute the heart of them. Arithmetic runs in
+the accumulation dtype (float64 for float64 activations, else float32) and is rounded once, to the output's dtype. All
+but `denoise_commit` and `lm_head_commit` are differentiable and trace with fake tensors: neither their control flow nor
+their shapes depend on data.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +144,7 @@ def mamba_block(
     state_size: int,
     eps: float = 1e-5,
     update_state: bool = False,
+    scan: Callable[..., tuple[Tensor, ...]] = ssd_scan,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The Mamba-2 mixer between its projections: convolution, scan and gated norm, unrounded in between."""
     acc, dtype = _acc(zxbcdt), zxbcdt.dtype
@@ -153,7 +156,7 @@ def mamba_block(
     x, B, C = xBC.split([d_inner, maps, maps], dim=-1)
     x = x.unflatten(-1, (heads, d_inner // heads))
     B, C = (m.unflatten(-1, (groups, state_size)) for m in (B, C))
-    y, ssm_final = ssd_scan(x, dt, A_log, B, C, D, dt_bias, ssm_state)[:2]
+    y, ssm_final = scan(x, dt, A_log, B, C, D, dt_bias, ssm_state)[:2]
     out = gated_group_rms_norm(y.flatten(-2), z, norm_weight, d_inner // groups, eps).to(dtype)
     return (out, conv_final.to(dtype), ssm_final) if update_state else (out, None, None)
 
@@ -223,6 +226,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> T
     return (probabilities @ values).to(q.dtype)
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -233,6 +239,7 @@ def block_attention(
     *,
     causal: bool = False,
     scale: float | None = None,
+    attend: Attend = _attend,
 ) -> Tensor:
     """Every row sees the valid context keys and all block keys; with `causal` block keys up to its own."""
     batch, _, length, head_dim = q.shape
@@ -248,17 +255,17 @@ def block_attention(
         k = torch.cat([context_k.masked_fill(padding, 0), k], dim=2)
         v = torch.cat([context_v.masked_fill(padding, 0), v], dim=2)
         visible = torch.cat([valid[:, None, None].expand(-1, -1, length, -1), visible], dim=-1)
-    return _attend(q, k, v, visible, head_dim**-0.5 if scale is None else scale)
+    return attend(q, k, v, visible, head_dim**-0.5 if scale is None else scale)
 
 
 def two_stream_attention(
-    q: Tensor, context_k: Tensor, context_v: Tensor, k: Tensor, v: Tensor, block_size: int
+    q: Tensor, context_k: Tensor, context_v: Tensor, k: Tensor, v: Tensor, block_size: int, attend: Attend = _attend
 ) -> Tensor:
     """The training mask: a row of block n sees context blocks < n and, both ways, its own denoiser block."""
     block = torch.arange(q.shape[2], device=q.device) // block_size
     visible = torch.cat([block < block[:, None], block == block[:, None]], dim=-1)
     keys, values = torch.cat([context_k, k], dim=2), torch.cat([context_v, v], dim=2)
-    return _attend(q, keys, values, visible, q.shape[-1] ** -0.5)
+    return attend(q, keys, values, visible, q.shape[-1] ** -0.5)
 
 
 def _low(x: Tensor) -> Tensor:

@@ -82,9 +82,17 @@ def register_fake(name: str, axes: dict[str, str], fake: Callable[..., Any]) -> 
     torch.library.register_fake(f"twotower::{name}", checked)
 
 
-def register_gradient(name: str, reference: Callable[..., Any] | None) -> None:
-    """Registers the gradient of `twotower::name`: the backward pass runs `reference`, which takes the schema's
-    arguments, again under autograd. None: the op decides discretely and has no gradient.
+def register_gradient(
+    name: str,
+    formula: Callable[..., Any] | None,
+    cpu_derivative: Callable[..., tuple[Tensor | None, ...]] | None = None,
+) -> None:
+    """Registers the gradient of `twotower::name`.
+
+    formula: takes the schema's arguments; the backward pass runs it again under autograd. None: the op decides
+    discretely and has no gradient.
+    cpu_derivative: what the backward pass runs on the CPU instead: takes the outputs' gradients and then the schema's
+    arguments, and returns a gradient (or None) for each argument.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -92,30 +100,37 @@ def register_gradient(name: str, reference: Callable[..., Any] | None) -> None:
         ctx.constants = [None if isinstance(a, Tensor) else a for a in inputs]
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if reference is None:
+        if formula is None:
             raise RuntimeError(f"{name}: has no gradient, since its results are discrete decisions")
         if torch.is_grad_enabled():
             raise RuntimeError(f"{name}: second derivatives are not implemented")
-        saved = ctx.saved_tensors
-        with torch.enable_grad():
-            inputs = [
-                constant if t is None else t.detach().requires_grad_(ctx.needs_input_grad[i])
-                for i, (t, constant) in enumerate(zip(saved, ctx.constants, strict=True))
-            ]
-            outputs = reference(*inputs)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            pairs = [
-                (o, g)
-                for o, g in zip(outputs, grads, strict=True)
-                if g is not None and o is not None and o.requires_grad
-            ]
-            wanted = [i for i, t in enumerate(saved) if t is not None and ctx.needs_input_grad[i]]
-            found = torch.autograd.grad(
-                [o for o, _ in pairs], [inputs[i] for i in wanted], [g for _, g in pairs], allow_unused=True
-            )
-        result: list[Tensor | None] = [None] * len(inputs)
-        for i, gradient in zip(wanted, found, strict=True):
-            result[i] = gradient
-        return tuple(result)
+        inputs = [c if t is None else t for t, c in zip(ctx.saved_tensors, ctx.constants, strict=True)]
+        if cpu_derivative is not None and inputs[0].device.type == "cpu":
+            return cpu_derivative(*grads, *inputs)
+        return _recomputed(formula, inputs, ctx.needs_input_grad, grads)
 
     torch.library.register_autograd(f"twotower::{name}", backward, setup_context=setup_context)
+
+
+def _recomputed(
+    formula: Callable[..., Any], inputs: list[Any], needed: tuple[bool, ...], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradient by each of `inputs` that needs one, found by running `formula` under autograd."""
+    with torch.enable_grad():
+        inputs = [
+            a.detach().requires_grad_(need) if isinstance(a, Tensor) else a
+            for a, need in zip(inputs, needed, strict=True)
+        ]
+        outputs = formula(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [
+            (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o is not None and o.requires_grad
+        ]
+        wanted = [i for i, (a, need) in enumerate(zip(inputs, needed, strict=True)) if isinstance(a, Tensor) and need]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], [inputs[i] for i in wanted], [g for _, g in pairs], allow_unused=True
+        )
+    result: list[Tensor | None] = [None] * len(inputs)
+    for i, gradient in zip(wanted, found, strict=True):
+        result[i] = gradient
+    return tuple(result)

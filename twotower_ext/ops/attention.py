@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from twotower_ext import reference
+from twotower_ext import _gradients, reference
 from twotower_ext.ops._common import check_types, empty, register_fake, register_gradient
 
 
@@ -55,8 +56,9 @@ def block_attention(
     return torch.ops.twotower.block_attention(q, k, v, context_k, context_v, context_lengths, causal, scale)
 
 
-def _block_attention_reference(q, k, v, context_k, context_v, context_lengths, causal, scale):
-    return reference.block_attention(q, k, v, context_k, context_v, context_lengths, causal=causal, scale=scale)
+def _block_attention_formula(*args):
+    *tensors, causal, scale = args
+    return reference.block_attention(*tensors, causal=causal, scale=scale, attend=_gradients.attend)
 
 
 register_fake(
@@ -66,7 +68,7 @@ register_fake(
     | dict.fromkeys(("context_k", "context_v"), "batch kv_heads context width"),
     lambda q, *rest: empty(q, q.shape),
 )
-register_gradient("block_attention", _block_attention_reference)
+register_gradient("block_attention", _block_attention_formula)
 
 
 def two_stream_attention(
@@ -105,4 +107,4 @@ register_fake(
     {"q": "batch _ rows width"} | dict.fromkeys(("context_k", "context_v", "k", "v"), "batch kv_heads rows width"),
     lambda q, *rest: empty(q, q.shape),
 )
-register_gradient("two_stream_attention", reference.two_stream_attention)
+register_gradient("two_stream_attention", partial(reference.two_stream_attention, attend=_gradients.attend))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twotower_ext import reference
+from twotower_ext import _gradients, reference
 from twotower_ext.ops._common import acc_dtype, check_types, empty, register_fake, register_gradient
 
 
@@ -112,4 +112,29 @@ register_fake(
     },
     lambda x, *rest: empty(x, x.shape),
 )
-register_gradient("moe_experts", _moe_experts_reference)
+
+
+@torch.library.custom_op("twotower::_moe_experts_backward", mutates_args=())
+def _moe_experts_backward(
+    grad: Tensor, x: Tensor, expert_ids: Tensor, expert_weights: Tensor, up: Tensor, down: Tensor,
+    shared_up: Tensor | None, shared_down: Tensor | None, activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """An op, because shapes inside depend on the routing: compilers see one call."""
+    return _gradients.moe_experts_backward(
+        grad, x, expert_ids, expert_weights, up, down, shared_up, shared_down, activation
+    )
+
+
+@_moe_experts_backward.register_fake
+def _(grad, x, expert_ids, expert_weights, up, down, shared_up, shared_down, activation):
+    inputs = (x, expert_weights, up, down, shared_up, shared_down)
+    return tuple(empty(x, (0,)) if t is None else empty(t, t.shape, t.dtype) for t in inputs)
+
+
+def _moe_experts_derivative(grad, x, expert_ids, *rest):
+    by_x, *others, by_shared_up, by_shared_down = _moe_experts_backward(grad, x, expert_ids, *rest)
+    shared = (None, None) if rest[3] is None else (by_shared_up, by_shared_down)
+    return by_x, None, *others, *shared, None
+
+
+register_gradient("moe_experts", _moe_experts_reference, _moe_experts_derivative)

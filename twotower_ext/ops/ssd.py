@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twotower_ext import reference
+from twotower_ext import _gradients
 from twotower_ext.ops._common import acc_dtype, check_types, empty, register_fake, register_gradient
 
 
@@ -67,8 +67,8 @@ def _ssd_scan_fake(x, dt, A_log, B, C, D, dt_bias, initial_state, chunk_size, st
     return empty(x, x.shape), empty(x, (batch, *state), acc_dtype(x)), states
 
 
-def _ssd_scan_reference(x, dt, A_log, B, C, D, dt_bias, initial_state, chunk_size, states_every):
-    results = reference.ssd_scan(
+def _ssd_scan_formula(x, dt, A_log, B, C, D, dt_bias, initial_state, chunk_size, states_every):
+    results = _gradients.ssd_scan(
         x, dt, A_log, B, C, D, dt_bias, initial_state, chunk_size=chunk_size, states_every=states_every
     )
     return results if states_every > 0 else (*results, None)
@@ -86,7 +86,7 @@ register_fake(
     | dict.fromkeys(("A_log", "D", "dt_bias"), "heads"),
     _ssd_scan_fake,
 )
-register_gradient("ssd_scan", _ssd_scan_reference)
+register_gradient("ssd_scan", _ssd_scan_formula)
 
 
 def mamba_block(
@@ -164,11 +164,11 @@ def _mamba_block_fake(
     return out, new_conv, empty(zxbcdt, new_ssm, acc_dtype(zxbcdt))
 
 
-def _mamba_block_reference(
+def _mamba_block_formula(
     zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, conv_state, ssm_state, heads, groups, state_size,
     eps, update_state,
 ):  # fmt: skip
-    return reference.mamba_block(
+    return _gradients.mamba_block(
         zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, conv_state, ssm_state, heads=heads,
         groups=groups, state_size=state_size, eps=eps, update_state=update_state,
     )  # fmt: skip
@@ -187,4 +187,4 @@ register_fake(
     | dict.fromkeys(("A_log", "D", "dt_bias"), "heads"),
     _mamba_block_fake,
 )
-register_gradient("mamba_block", _mamba_block_reference)
+register_gradient("mamba_block", _mamba_block_formula)
