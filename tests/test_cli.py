@@ -18,7 +18,7 @@ import torch
 import twotower
 from screen import Screen
 from tokenizers import Tokenizer, models, pre_tokenizers
-from twotower import cli
+from twotower import cli, continuation
 
 import twotower_ext
 from twotower_ext import registry
@@ -283,7 +283,7 @@ def test_tokens_a_tokenizer_cannot_decode(live, failure, with_tokenizer, monkeyp
             return ""
 
     monkeypatch.setattr(tokenizers, "Tokenizer", OnlyDecodesThePrompt)
-    monkeypatch.setattr(cli, "supports_live", lambda stream: live)
+    monkeypatch.setattr(continuation, "supports_live", lambda stream: live)
     assert cli.main(["generate", with_tokenizer, "--prompt", "w5 w6 w7", *SHORT]) == 2
     stdout, stderr = capsys.readouterr()
     assert stdout == ("\x1b[?25l\n\x1b[?25h" if live else "")

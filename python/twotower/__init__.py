@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from twotower.decode import GenerateOutput, Step, generate
     from twotower.state import LayerState, State
     from twotower.towers import TwoTowerModel
-    from twotower.weights import load
+    from twotower.weights import load, save
     from twotower_ext._version import __version__
 
 _HOMES = {
@@ -23,6 +23,7 @@ _HOMES = {
     "__version__": "twotower_ext._version",
     "generate": "twotower.decode",
     "load": "twotower.weights",
+    "save": "twotower.weights",
 }
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "generate",
     "load",
+    "save",
 ]
 
 

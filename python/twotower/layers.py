@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.config import ATTENTION, MAMBA, Config
-from twotower.state import LayerState, accumulation_dtype, append_keys
+from twotower.state import LayerState, accumulation_dtype, append_keys, windows_before_blocks
 from twotower_ext import ops
 from twotower_ext.ops._linear import linear as few_rows_linear
 
@@ -26,6 +26,11 @@ take the scan of any length and the matrix library."""
 def parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
     """A frozen parameter with no values yet."""
     return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+
+
+def in_training(*tensors: Tensor | None) -> bool:
+    """Whether gradients are wanted; rows are then many, and need not be treated as if each were alone."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def row_by_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -42,8 +47,9 @@ def row_by_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (B, D_in) or (B, L, D_in) times weight (D_out, D_in) transposed, plus bias (D_out,), each batch row as if it
     were alone (CPU)."""
-    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if x.device.type == "cpu" and x.shape[1:-1].numel() <= SHORT_BLOCK and not trained:
+    if in_training(x, weight, bias):
+        return F.linear(x, weight, bias)
+    if x.device.type == "cpu" and x.shape[1:-1].numel() <= SHORT_BLOCK:
         return few_rows_linear(x, weight, bias)  # reads the weight once for all rows
     return row_by_row(lambda row: F.linear(row, weight, bias), x)
 
@@ -86,7 +92,8 @@ class Layer(nn.Module, ABC):
         """The mixer on u (B, L, D), continuing from the context's `state` of `lengths` (B,) tokens.
 
         Causal (context tower): rows see what precedes them, and the state after the last row is returned.
-        Otherwise (denoiser): attention sees the whole block, and the state returned is empty.
+        Otherwise (denoiser): attention sees the whole block, and the state returned is empty. With
+        `state.block_size`, a causal pass keeps the states before every block, and a denoiser's pass starts from them.
         """
 
     def checkpoint_views(self) -> dict[str, Tensor]:
@@ -112,9 +119,11 @@ class MambaLayer(Layer):
 
     def mix(self, u: Tensor, state: LayerState, lengths: Tensor, causal: bool) -> tuple[Tensor, LayerState]:
         zxbcdt = linear(u, self.in_proj)
-        run = self._short if u.shape[1] <= SHORT_BLOCK else self._long
+        keep_states = causal and state.block_size > 0
+        run = self._short if u.shape[1] <= SHORT_BLOCK and not keep_states else self._long
         out, conv, ssm = run(zxbcdt, state, causal)
-        return linear(out, self.out_proj), LayerState(conv=conv, ssm=ssm) if causal else LayerState()
+        new_state = LayerState(conv=conv, ssm=ssm, block_size=state.block_size) if causal else LayerState()
+        return linear(out, self.out_proj), new_state
 
     def _short(
         self, zxbcdt: Tensor, state: LayerState, update_state: bool
@@ -143,12 +152,18 @@ class MambaLayer(Layer):
         config = self.config
         groups, d_inner = config.n_groups, config.d_inner
         maps = groups * config.ssm_state_size
-        z, xBC, dt = zxbcdt.split([d_inner, config.conv_dim, config.mamba_num_heads], dim=-1)
-        xBC, conv = ops.causal_conv1d(xBC, self.conv_weight, self.conv_bias, state.conv)
+        z, raw, dt = zxbcdt.split([d_inner, config.conv_dim, config.mamba_num_heads], dim=-1)
+        xBC, conv = ops.causal_conv1d(raw, self.conv_weight, self.conv_bias, state.conv)
         x, B, C = xBC.split([d_inner, maps, maps], dim=-1)
         x = x.unflatten(-1, (config.mamba_num_heads, config.mamba_head_dim))
         B, C = (rows.unflatten(-1, (groups, config.ssm_state_size)) for rows in (B, C))
-        y, ssm = ops.ssd_scan(x, dt, self.A_log, B, C, self.D, self.dt_bias, state.ssm)[:2]
+        every = state.block_size if update_state else 0
+        y, ssm, *states = ops.ssd_scan(x, dt, self.A_log, B, C, self.D, self.dt_bias, state.ssm, states_every=every)
+        if states:
+            assert state.conv is not None
+            assert state.ssm is not None
+            ssm = torch.cat([state.ssm[:, None], states[0][:, :-1]], dim=1).flatten(0, 1)
+            conv = windows_before_blocks(state.conv, raw, every)
         out = ops.gated_group_rms_norm(y.flatten(-2), z, self.gated_norm, d_inner // groups, config.layer_norm_epsilon)
         return out, conv, ssm
 
@@ -179,13 +194,29 @@ class AttentionLayer(Layer):
 
     def mix(self, u: Tensor, state: LayerState, lengths: Tensor, causal: bool) -> tuple[Tensor, LayerState]:
         q, k, v = (self._heads(linear(u, weight)) for weight in (self.q_proj, self.k_proj, self.v_proj))
-        out = ops.block_attention(q, k, v, state.k, state.v, lengths, causal=causal)
+        if state.block_size and not causal:
+            out = self._two_stream(q, k, v, state)
+        else:
+            out = ops.block_attention(q, k, v, state.k, state.v, lengths, causal=causal)
         out = linear(out.transpose(1, 2).flatten(-2), self.o_proj)
         if not causal:
             return out, LayerState()
         assert state.k is not None
         assert state.v is not None
-        return out, LayerState(k=append_keys(state.k, k, lengths), v=append_keys(state.v, v, lengths))
+        k, v = append_keys(state.k, k, lengths), append_keys(state.v, v, lengths)
+        return out, LayerState(k=k, v=v, block_size=state.block_size)
+
+    def _two_stream(self, q: Tensor, k: Tensor, v: Tensor, context: LayerState) -> Tensor:
+        """Attention of all blocks of whole sequences at once; q, k, v: (B blocks, heads, block size, head dim)."""
+        assert context.k is not None
+        assert context.v is not None
+        batch = context.k.shape[0]
+
+        def joined(rows: Tensor) -> Tensor:  # blocks -> sequences
+            return rows.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+
+        out = ops.two_stream_attention(joined(q), context.k, context.v, joined(k), joined(v), context.block_size)
+        return out.unflatten(2, (-1, context.block_size)).transpose(1, 2).flatten(0, 1)
 
     def _heads(self, rows: Tensor) -> Tensor:
         return rows.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
@@ -203,6 +234,8 @@ class MoELayer(Layer):
     """Routed experts (two matrices, squared ReLU), stacked along the first axis, and one shared expert."""
 
     modulate = "after"
+    load: Tensor | None = None
+    """In training mode, how many times each expert was chosen in the last pass: (experts,) int64."""
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype):
         super().__init__(config, device, dtype)
@@ -221,6 +254,8 @@ class MoELayer(Layer):
         ids, weights = ops.moe_route(
             tokens, self.gate, self.correction_bias, config.num_experts_per_tok, config.routed_scaling_factor
         )
+        if self.training:
+            self.load = torch.bincount(ids.flatten(), minlength=config.n_routed_experts)
         out = ops.moe_experts(tokens, ids, weights, self.up, self.down, self.shared_up, self.shared_down)
         return out.view_as(u), LayerState()
 

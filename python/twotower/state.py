@@ -19,17 +19,22 @@ class LayerState:
     conv (B, conv_dim, K): the last K raw xBC rows, oldest first, zeros before the first token.
     ssm (B, H, P, N): the recurrent state, float32 (float64 in a float64 model).
     k, v (B, Hkv, T, head dim): keys and values, padded to the longest row.
+
+    block_size > 0, in training: sequences are cut into n blocks of so many tokens each, and the state is kept before
+    every block: conv and ssm have B n rows, block by block, k and v are of the whole sequences.
     """
 
     conv: Tensor | None = None
     ssm: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
+    block_size: int = 0
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LayerState:
         """Applies `change` to every tensor present."""
         tensors = (self.conv, self.ssm, self.k, self.v)
-        return LayerState(*(None if tensor is None else change(tensor) for tensor in tensors))
+        conv, ssm, k, v = (None if tensor is None else change(tensor) for tensor in tensors)
+        return LayerState(conv, ssm, k, v, self.block_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +133,16 @@ def append_keys(cache: Tensor, new: Tensor, lengths: Tensor) -> Tensor:
     added = new.shape[2]
     positions = lengths.long()[:, None] + torch.arange(added, device=new.device)
     return F.pad(cache, (0, 0, 0, added)).scatter(2, positions[:, None, :, None].expand_as(new), new)
+
+
+def windows_before_blocks(conv: Tensor, raw: Tensor, block_size: int) -> Tensor:
+    """The conv state before every block of `block_size` rows.
+
+    conv (B, C, K), the state before the raw rows (B, L, C) -> (B ceil(L / block_size), C, K), block by block.
+    """
+    channels, taps = conv.shape[1:]
+    rows = torch.cat([conv, raw.transpose(1, 2)], dim=2)[:, :, :-1]
+    return rows.unfold(2, taps, block_size).transpose(1, 2).reshape(-1, channels, taps)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.config import TIME_FEATURES, Config
-from twotower.layers import Layer, build_layer, linear, parameter, row_by_row
+from twotower.layers import Layer, build_layer, in_training, linear, parameter, row_by_row
 from twotower.state import State, accumulation_dtype
 from twotower_ext import ops
 
@@ -128,7 +129,11 @@ class TimeConditioning(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t (B,) -> every layer's shift, scale and gate: (layers, 3, B, D)."""
-        common = row_by_row(lambda row: self.block(self.embedding(self.features(row))), t)
+
+        def common_of(rows: Tensor) -> Tensor:
+            return self.block(self.embedding(self.features(rows)))
+
+        common = common_of(t) if in_training(self.block_weight) else row_by_row(common_of, t)
         common = common.unflatten(-1, (3, -1)).transpose(0, 1)
         return common + self.tables[:, :, None]
 
@@ -235,6 +240,25 @@ class TwoTowerModel(nn.Module):
             )
         self._check_ids("extend", "token_ids", token_ids, self.context_device, state.batch_size)
         return self.context.run(token_ids, state, causal=True, observe=observe)
+
+    def states_before_blocks(self, token_ids: Tensor, block_size: int) -> State:
+        """What a denoiser in training starts from: the context tower's states before every block of whole sequences.
+
+        token_ids (B, S) int64 or int32 on the context device, S a multiple of block_size = L. With n = S / L, the
+        state has B n rows, block by block: `denoise(state, blocks, t)` then takes blocks (B n, L) and t (B n,), and
+        every block sees the context of the blocks before it (the two-stream mask of arXiv 2503.09573).
+        """
+        self._check_ids("states_before_blocks", "token_ids", token_ids, self.context_device, None)
+        batch, length = token_ids.shape
+        if type(block_size) is not int or block_size < 1 or length % block_size:
+            raise ValueError(
+                f"states_before_blocks: block_size must be an int that divides the length {length}, got {block_size!r}"
+            )
+        empty = self.empty_state(batch)
+        marked = State(empty.lengths, tuple(replace(layer, block_size=block_size) for layer in empty.layers))
+        _, state = self.context.run(token_ids, marked, causal=True)
+        starts = torch.arange(0, length, block_size, device=self.context_device, dtype=torch.int32)
+        return State(starts.repeat(batch), state.layers)
 
     def denoise(self, state: State, block_ids: Tensor, t: Tensor | None) -> Tensor:
         """Runs the denoiser over a block that follows `state`: its rows see the whole block and all the context.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import stat
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
 from tqdm import tqdm
 
 from twotower.config import Config, Shape, naming, parse_json, read_bytes, read_json
@@ -78,6 +81,35 @@ def load(
     )
     _fill(model, files, progress)
     return model.eval()
+
+
+def save(model: TwoTowerModel, path: str | os.PathLike[str]) -> None:
+    """Writes `config.json` and `model.safetensors` as `load` reads them, in the published layout: bfloat16, router
+    corrections float32. Each file is replaced whole or not at all; the directory is made where it is missing.
+    """
+    if not isinstance(model, TwoTowerModel):
+        raise TypeError(f"save: model must be a TwoTowerModel, got {type(model).__name__}")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"save: path must be a path, got {type(path).__name__}")
+    directory = Path(path)
+    with naming(directory, "directory"):
+        directory.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: view.to("cpu", torch.float32 if name.endswith("correction_bias") else torch.bfloat16).contiguous()
+        for name, view in model.checkpoint_views().items()
+    }
+    replace_file(
+        directory / "config.json", lambda new: new.write_text(json.dumps(asdict(model.config), indent=2) + "\n")
+    )
+    replace_file(directory / SINGLE, lambda new: new.write_bytes(serialize(tensors)))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Has `write` make a file beside `path` and moves it there, so that readers never see half of it."""
+    new = path.with_name(f".{path.name}.new")
+    with naming(path, "file"):
+        write(new)
+        os.replace(new, path)
 
 
 class _File:

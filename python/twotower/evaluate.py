@@ -1,0 +1,269 @@
+"""Quality against speed of a checkpoint, on held-out problems and documentation, in all modes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from twotower.data import BLOCK_SIZE, BOS, EOS, TASKS, Problem, documentation, encode, held_out_problems
+from twotower.decode import GenerateOutput, generate
+from twotower.layers import AttentionLayer
+from twotower.state import LayerState, State
+from twotower.towers import TwoTowerModel
+
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+STEPS = (1, 2, 4, 8, 16)
+BLOCK_SIZES = (4, 8, 16, 32)
+LONGEST_ANSWER = 48
+"""More tokens than any answer and its end have."""
+
+TEXT_PROMPT, TEXT_BYTES = 64, 64
+"""Bytes of documentation that are given, and that are then generated."""
+
+ALONE = 4
+"""Problems a task that are also decoded one by one, for their speed."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to decode. ablation: a name of `ABLATIONS`, or None."""
+
+    mode: str
+    threshold: float = 0.8
+    steps: int = BLOCK_SIZE
+    block_size: int = BLOCK_SIZE
+    ablation: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "mode": self.mode,
+            "confidence_threshold": self.threshold,
+            "steps_per_block": self.steps,
+            "block_size": self.block_size,
+        }
+
+
+def settings() -> list[Setting]:
+    """Autoregression, mock-AR, and mask diffusion with one thing changed at a time."""
+    usual = Setting("mask_diffusion")
+    found = [Setting("ar"), Setting("mock_ar")]
+    found += [replace(usual, threshold=threshold) for threshold in THRESHOLDS]
+    found += [replace(usual, steps=steps) for steps in STEPS]
+    found += [replace(usual, block_size=size, steps=max(size, BLOCK_SIZE)) for size in BLOCK_SIZES]
+    found += [replace(usual, ablation=name) for name in ABLATIONS]
+    return list(dict.fromkeys(found))
+
+
+def modes() -> list[Setting]:
+    """The three modes, each in its usual setting."""
+    return [Setting(mode) for mode in ("ar", "mock_ar", "mask_diffusion")]
+
+
+def evaluate(
+    model: TwoTowerModel,
+    *,
+    problems: int = 200,
+    texts: int = 40,
+    chosen: Sequence[Setting] | None = None,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Decodes `problems` held-out problems of each task and `texts` pieces of held-out documentation in every setting.
+
+    A run of the result has the accuracy (answers right to the last character, by task and over all), new tokens per
+    evaluation over the problems, tokens per second of single problems, and, for documentation, tokens per evaluation
+    and the bits that the context tower takes for a byte of what was generated (text that it finds likely takes few,
+    and so does text that repeats itself).
+
+    Raises ValueError for a model of another vocabulary than the tasks' bytes.
+    """
+    if model.config.vocab_size < 260:
+        raise ValueError(
+            f"evaluate: the model must know 260 byte tokens, got a vocabulary of {model.config.vocab_size}"
+        )
+    by_task = {task: held_out_problems(task, problems) for task in TASKS}
+    passages = held_out_passages(texts)
+    runs = []
+    wanted = list(settings() if chosen is None else chosen)
+    with tqdm(wanted, desc="evaluate", unit="run", disable=None if progress is None else not progress) as bar:
+        for setting in bar:
+            bar.set_postfix_str(f"{setting.ablation or setting.mode}, threshold {setting.threshold}")
+            with ABLATIONS[setting.ablation](model) if setting.ablation else _unchanged():
+                runs.append(vars(setting) | _tasks(model, by_task, setting) | _texts(model, passages, setting))
+    return {
+        "problems_a_task": problems,
+        "texts": texts,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.denoiser_device),
+        "threads": torch.get_num_threads(),
+        "held_out_text_bits": round(_bits(model, [p + a for p, a in passages], TEXT_PROMPT), 4),
+        "runs": runs,
+    }
+
+
+def _tasks(model: TwoTowerModel, by_task: dict[str, list[Problem]], setting: Setting) -> dict[str, Any]:
+    accuracy, tokens, nfe, seconds, alone_tokens = {}, 0, 0, 0.0, 0
+    for task, problems in by_task.items():
+        out = _answers(model, problems, setting)
+        accuracy[task] = sum(_is_right(a, p) for a, p in zip(out.tokens, problems, strict=True)) / len(problems)
+        tokens += sum(map(len, out.tokens))
+        nfe += sum(out.nfe)
+        for problem in problems[:ALONE]:
+            alone = _answers(model, [problem], setting)
+            seconds += alone.seconds
+            alone_tokens += len(alone.tokens[0])
+    return {
+        "accuracy": accuracy,
+        "accuracy_overall": sum(accuracy.values()) / len(accuracy),
+        "tokens_per_nfe": round(tokens / nfe, 4),
+        "tokens_per_second": round(alone_tokens / seconds, 1),
+    }
+
+
+def _answers(model: TwoTowerModel, problems: Sequence[Problem], setting: Setting) -> GenerateOutput:
+    prompts = [[BOS, *encode(problem.prompt)] for problem in problems]
+    return generate(model, prompts, max_new_tokens=LONGEST_ANSWER, eos_token_id=EOS, **setting.options)
+
+
+def _is_right(tokens: list[int], problem: Problem) -> bool:
+    return tokens == [*encode(problem.answer), EOS]
+
+
+def held_out_passages(count: int) -> list[tuple[list[int], list[int]]]:
+    """Pieces of held-out documentation, evenly spread, from the starts of lines: (prompt, what follows) as tokens."""
+    text = "\n".join(documentation(held_out=True).values())
+    whole = TEXT_PROMPT + TEXT_BYTES
+    starts = [text.rfind("\n", 0, i * (len(text) - 2 * whole) // count + whole) + 1 for i in range(count)]
+    pieces = [encode(text[start : start + whole])[:whole] for start in starts]
+    return [([BOS, *piece[:TEXT_PROMPT]], piece[TEXT_PROMPT:]) for piece in pieces]
+
+
+def _texts(model: TwoTowerModel, passages: list[tuple[list[int], list[int]]], setting: Setting) -> dict[str, Any]:
+    prompts = [prompt for prompt, _ in passages]
+    out = generate(model, prompts, max_new_tokens=TEXT_BYTES, eos_token_id=None, **setting.options)
+    whole = [prompt + new for prompt, new in zip(prompts, out.tokens, strict=True)]
+    return {
+        "text_tokens_per_nfe": round(out.tokens_per_nfe, 4),
+        "text_bits": round(_bits(model, whole, TEXT_PROMPT), 4),
+    }
+
+
+@torch.inference_mode()
+def _bits(model: TwoTowerModel, sequences: list[list[int]], given: int) -> float:
+    """Bits a token that the context tower takes for what follows <bos> and `given` tokens."""
+    ids = torch.tensor(sequences, device=model.context_device)
+    logits, _ = model.prefill(ids)
+    assert isinstance(logits, Tensor)
+    return float(F.cross_entropy(logits[:, given:-1].flatten(0, 1), ids[:, given + 1 :].flatten())) / math.log(2)
+
+
+@contextmanager
+def _unchanged() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _denoising_with(model: TwoTowerModel, change: Callable[[State, Tensor], tuple[State, Tensor]]) -> Iterator[None]:
+    """The denoiser is given another state and time than decoding says."""
+    original = model.denoise_hidden
+
+    def changed(state: State, block_ids: Tensor, t: Tensor, **rest: Any) -> Tensor:
+        state, t = change(state, t)
+        return original(state, block_ids, t, **rest)
+
+    model.denoise_hidden = changed  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del model.denoise_hidden
+
+
+def _without_states(model: TwoTowerModel):
+    def forget(layer: LayerState) -> LayerState:
+        zeros = {k: torch.zeros_like(v) for k, v in vars(layer).items() if k in ("conv", "ssm") and v is not None}
+        return replace(layer, **zeros)
+
+    return _denoising_with(model, lambda state, t: (State(state.lengths, tuple(map(forget, state.layers))), t))
+
+
+def _with_constant_time(model: TwoTowerModel):
+    return _denoising_with(model, lambda state, t: (state, torch.full_like(t, 0.5)))
+
+
+@contextmanager
+def _with_causal_blocks(model: TwoTowerModel) -> Iterator[None]:
+    layers = [layer for layer in model.denoiser.layers if isinstance(layer, AttentionLayer)]
+    for layer in layers:
+        mix = layer.mix
+        layer.mix = lambda u, state, lengths, _, mix=mix: (mix(u, state, lengths, True)[0], LayerState())  # type: ignore
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.mix
+
+
+ABLATIONS: dict[str, Callable[[TwoTowerModel], Any]] = {
+    "no state seeding": _without_states,
+    "causal block attention": _with_causal_blocks,
+    "constant t": _with_constant_time,
+}
+"""What is taken from the denoiser at inference. The fourth, no remasking, is the setting of one step a block."""
+
+
+def find(result: dict[str, Any], setting: Setting) -> dict[str, Any]:
+    """The run of a setting; KeyError if it was not made."""
+    for run in result["runs"]:
+        if all(run[name] == value for name, value in vars(setting).items()):
+            return run
+    raise KeyError(setting)
+
+
+def table(result: dict[str, Any]) -> str:
+    """All runs for people, as a Markdown table."""
+    tasks = list(TASKS)
+    head = [
+        "mode and setting",
+        *tasks,
+        "all tasks",
+        "% of AR",
+        "tokens/NFE",
+        "tokens/s",
+        "text: tokens/NFE",
+        "bits/byte",
+    ]
+    lines = [_row(head), _row(["---"] + ["---:"] * (len(head) - 1))]
+    best = find(result, Setting("ar"))["accuracy_overall"]
+    for run in result["runs"]:
+        accuracy = run["accuracy_overall"]
+        cells = [_label(run), *(f"{100 * run['accuracy'][task]:.1f}" for task in tasks), f"{100 * accuracy:.1f}"]
+        cells += [f"{100 * accuracy / best:.1f}" if best else "–", f"{run['tokens_per_nfe']:.2f}"]
+        cells += [f"{run['tokens_per_second']:.0f}", f"{run['text_tokens_per_nfe']:.2f}", f"{run['text_bits']:.2f}"]
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _label(run: dict[str, Any]) -> str:
+    if run["mode"] != "mask_diffusion":
+        return run["mode"]
+    setting = Setting(**{name: run[name] for name in vars(Setting(""))})
+    usual = Setting("mask_diffusion")
+    changed = [f"{name.replace('_', ' ')} {getattr(setting, name)}" for name in ("threshold", "steps", "block_size")
+               if getattr(setting, name) != getattr(usual, name)]  # fmt: skip
+    if setting.ablation:
+        changed.append(setting.ablation)
+    if setting.steps == 1:
+        changed.append("no remasking")
+    return ", ".join(["mask_diffusion", *changed])

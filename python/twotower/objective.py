@@ -1,0 +1,131 @@
+"""What training minimises, and from where it starts: backbone first, then the denoiser (arXiv 2606.26493)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twotower.data import BLOCK_SIZE, MASK, PAD
+from twotower.layers import MambaLayer, MoELayer
+from twotower.towers import TwoTowerModel
+
+MOCK_AR_EVERY = 8
+"""One sequence in so many also trains the denoiser to predict a next token (mode "mock_ar")."""
+
+BALANCE_RATE = 2e-3
+"""By how much a step moves the correction bias of an expert that had more or less than its share of tokens."""
+
+
+@torch.no_grad()
+def initialize_backbone(model: TwoTowerModel, seed: int) -> None:
+    """Fills the context tower with random values: projections with variance 1 / inputs, smaller with depth where they
+    write to the residual stream, decays and steps in Mamba-2's usual ranges (arXiv 2405.21060).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tower = model.context
+    for name, parameter in tower.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0)
+        else:
+            writes = name.endswith(("out_proj", "o_proj", "down"))
+            deviation = parameter.shape[-1] ** -0.5 / (math.sqrt(2 * len(tower.layers)) if writes else 1)
+            parameter.normal_(0, deviation, generator=generator)
+    tower.embeddings.normal_(0, 0.5, generator=generator)
+    tower.head.normal_(0, 0.02, generator=generator)
+    for layer in model.context.layers:
+        if isinstance(layer, MambaLayer):
+            taps, heads = model.config.conv_kernel, model.config.mamba_num_heads
+            layer.conv_weight.uniform_(-1 / math.sqrt(taps), 1 / math.sqrt(taps), generator=generator)
+            layer.conv_bias.zero_()
+            layer.A_log.copy_(torch.linspace(1, 16, heads).log())
+            steps = torch.logspace(-3, -1, heads)[torch.randperm(heads, generator=generator)]
+            layer.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus of it gives the steps
+        elif isinstance(layer, MoELayer):
+            layer.correction_bias.zero_()
+
+
+@torch.no_grad()
+def initialize_denoiser(model: TwoTowerModel, seed: int) -> None:
+    """Makes the denoiser a copy of the context tower whose time conditioning changes nothing yet: gate 1, scale and
+    shift 0.
+    """
+    model.denoiser.load_state_dict(model.context.state_dict())
+    generator = torch.Generator().manual_seed(seed)
+    time = model.time
+    for weight in (time.mlp_in, time.mlp_out):
+        weight.normal_(0, weight.shape[-1] ** -0.5, generator=generator)
+    for rest in (time.mlp_in_bias, time.mlp_out_bias, time.block_weight, time.block_bias, time.tables):
+        rest.zero_()
+    time.tables[:, 2] = 1
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood of targets (N,) by logits (N, V); 0 where nothing was asked."""
+    return F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor, learned: Tensor) -> Tensor:
+    """Mean negative log-likelihood of tokens (B, S), where `learned` (B, S), by logits (B, S, V) one position before.
+
+    Padding, which no decoding mode asks of a next-token head, does not count.
+    """
+    asked = (learned & (tokens != PAD))[:, 1:]
+    return mean_loss(logits[:, :-1][asked], tokens[:, 1:][asked])
+
+
+def backbone_loss(model: TwoTowerModel, tokens: Tensor, learned: Tensor) -> Tensor:
+    """The context tower's next-token loss on tokens (B, S)."""
+    hidden, _ = model.context.run(tokens, model.empty_state(len(tokens)), causal=True)
+    return next_token_loss(model.context.logits(hidden), tokens, learned)
+
+
+def mask_blocks(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Blocks of tokens (B, S) with some positions masked: ((B n, L) blocks, (B n,) masked fractions t).
+
+    Every number of masked positions, 1 to L, is as likely: t is uniform, and exactly what decoding would call it.
+    """
+    blocks = tokens.view(-1, BLOCK_SIZE)
+    count = torch.randint(1, BLOCK_SIZE + 1, (len(blocks),), generator=generator)
+    order = torch.rand(blocks.shape, generator=generator).argsort(1).argsort(1)
+    masked = (order < count[:, None]).to(tokens.device)
+    return blocks.masked_fill(masked, MASK), count.to(tokens.device) / BLOCK_SIZE
+
+
+def denoising_loss(model: TwoTowerModel, tokens: Tensor, learned: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean negative log-likelihood of masked tokens, all blocks of tokens (B, S) denoised at once, each from the
+    context tower's state before it.
+    """
+    with torch.no_grad():
+        state = model.states_before_blocks(tokens, BLOCK_SIZE)
+    blocks, t = mask_blocks(tokens, generator)
+    logits = model.denoise(state, blocks, t)
+    asked = (blocks == MASK) & learned.view_as(blocks)
+    return mean_loss(logits[asked], tokens.view_as(blocks)[asked])
+
+
+def mock_ar_loss(model: TwoTowerModel, tokens: Tensor, learned: Tensor) -> Tensor:
+    """The denoiser's next-token loss, each token alone and without time conditioning: what mode "mock_ar" asks."""
+    with torch.no_grad():
+        state = model.states_before_blocks(tokens, 1)
+    logits = model.denoise(state, tokens.reshape(-1, 1), None)
+    return next_token_loss(logits.view(*tokens.shape, -1), tokens, learned)
+
+
+def denoiser_loss(model: TwoTowerModel, tokens: Tensor, learned: Tensor, generator: torch.Generator) -> Tensor:
+    """`denoising_loss`, plus `mock_ar_loss` of every eighth sequence."""
+    some = slice(None, None, MOCK_AR_EVERY)
+    return denoising_loss(model, tokens, learned, generator) + mock_ar_loss(model, tokens[some], learned[some])
+
+
+@torch.no_grad()
+def balance_experts(model: TwoTowerModel) -> None:
+    """Moves the correction bias of each trained router towards equal load, without an auxiliary loss (arXiv
+    2408.15664).
+    """
+    for layer in model.modules():
+        if isinstance(layer, MoELayer) and layer.gate.requires_grad and layer.load is not None:
+            load = layer.load.float()
+            layer.correction_bias += BALANCE_RATE * torch.sign(load.mean() - load)

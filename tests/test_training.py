@@ -1,0 +1,276 @@
+"""Training: states at block boundaries, gradients, both losses, and runs that go on where they stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import twotower
+from twotower import data, objective
+from twotower.config import Config
+from twotower.towers import TwoTowerModel
+from twotower.train import BACKBONE, DENOISER, PROGRESS, Recipe, Run, read_log, train, trained_parameters
+
+TINY = Config(
+    hybrid_override_pattern="ME*E", num_hidden_layers=4, hidden_size=16, vocab_size=data.VOCAB_SIZE,
+    layer_norm_epsilon=1e-5, mamba_num_heads=4, mamba_head_dim=8, n_groups=2, ssm_state_size=4, conv_kernel=4,
+    num_attention_heads=2, num_key_value_heads=1, head_dim=8, n_routed_experts=4, num_experts_per_tok=2,
+    moe_intermediate_size=8, moe_shared_expert_intermediate_size=16, routed_scaling_factor=1.0,
+)  # fmt: skip
+RECIPE = Recipe(steps=5, rows=2, length=64, warmup=2)
+
+
+def tiny_model(dtype: torch.dtype = torch.float32) -> TwoTowerModel:
+    model = TwoTowerModel(TINY, dtype=dtype)
+    objective.initialize_backbone(model, 1)
+    objective.initialize_denoiser(model, 1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():  # so that time matters
+        for parameter in model.time.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+    return model
+
+
+def loss_of(model: TwoTowerModel, phase: str, tokens: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
+    if phase == BACKBONE:
+        return objective.backbone_loss(model, tokens, learned)
+    return objective.denoiser_loss(model, tokens, learned, torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16, 48])
+def test_states_before_blocks_are_those_of_the_prefixes(golden, block_size: int):
+    """All blocks at once see what each sees after a prefill of what precedes it."""
+    model = twotower.load(golden.checkpoint, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(4, model.config.vocab_size, (2, 96), generator=generator)
+    blocks = tokens.masked_fill(torch.rand(tokens.shape, generator=generator) < 0.5, 3).view(-1, block_size)
+    t = torch.rand(len(blocks), generator=generator)
+    state = model.states_before_blocks(tokens, block_size)
+    logits = model.denoise(state, blocks, t)
+    for i in range(0, len(blocks), max(1, len(blocks) // 12)):
+        row, start = divmod(i * block_size, 96)
+        before = model.prefill(tokens[row : row + 1, :start])[1] if start else model.empty_state(1)
+        assert state.lengths[i] == start
+        torch.testing.assert_close(
+            logits[i : i + 1], model.denoise(before, blocks[i : i + 1], t[i : i + 1]), rtol=1e-10, atol=1e-10
+        )
+
+
+@pytest.mark.parametrize("block_size", [0, 7, True, 2.0])
+def test_blocks_that_do_not_divide_the_sequence_are_refused(golden, block_size):
+    model = twotower.load(golden.checkpoint)
+    with pytest.raises(ValueError, match="states_before_blocks: block_size must be an int that divides the length 32"):
+        model.states_before_blocks(torch.full((1, 32), 5), block_size)
+
+
+@pytest.mark.parametrize("phase", [BACKBONE, DENOISER])
+def test_gradients_of_the_whole_model_against_finite_differences(phase: str):
+    """Each trained parameter, moved a little in a random direction, changes the loss as its gradient says."""
+    torch.use_deterministic_algorithms(False)
+    model = tiny_model(torch.float64)
+    tokens, learned = data.batch(0, 0, 8, 32)
+    parameters = trained_parameters(model, phase)
+    loss_of(model, phase, tokens, learned).backward()
+    generator = torch.Generator().manual_seed(4)
+    for parameter in parameters:
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        losses = []
+        with torch.no_grad():
+            for shift in (1e-6, -2e-6):
+                parameter += shift * direction
+                losses.append(loss_of(model, phase, tokens, learned))
+            parameter += 1e-6 * direction
+        difference = (losses[0] - losses[1]) / 2e-6
+        assert parameter.grad is not None
+        torch.testing.assert_close((parameter.grad * direction).sum(), difference, rtol=1e-5, atol=1e-8)
+
+
+def test_each_phase_trains_its_tower_alone():
+    model = tiny_model()
+    tokens, learned = data.batch(0, 0, 8, 64)
+    for phase, own, other in ((BACKBONE, model.context, model.denoiser), (DENOISER, model.denoiser, model.context)):
+        trained_parameters(model, phase)
+        loss_of(model, phase, tokens, learned).backward()
+        assert all(p.grad is None for p in other.parameters())
+        missing = [name for name, p in own.named_parameters() if p.grad is None]
+        assert all(name.endswith("correction_bias") for name in missing)
+        model.zero_grad()
+
+
+def test_noise_masks_every_number_of_positions_alike():
+    tokens = torch.arange(4, 20).repeat(1, 1000)
+    blocks, t = objective.mask_blocks(tokens, torch.Generator().manual_seed(0))
+    masked = blocks == data.MASK
+    assert torch.equal(masked.sum(1), (t * 16).long())
+    assert torch.equal(blocks[~masked], tokens.view(-1, 16)[~masked])
+    counts = torch.bincount(masked.sum(1), minlength=17)
+    assert counts[0] == 0
+    assert (counts[1:] > 30).all()  # 62.5 expected
+    assert ((masked.float().mean(0) - 17 / 32).abs() < 0.05).all()
+
+
+@pytest.mark.parametrize("phase", [BACKBONE, DENOISER])
+def test_a_batch_can_be_learned_by_heart(phase: str):
+    torch.use_deterministic_algorithms(False)
+    model = TwoTowerModel(replace(TINY, hidden_size=48))
+    objective.initialize_backbone(model, 0)
+    objective.initialize_denoiser(model, 0)
+    tokens, learned = data.batch(0, 1, 2, 48)
+    optimizer = torch.optim.AdamW(trained_parameters(model, phase), lr=0.01, weight_decay=0.0)
+    first = last = 0.0
+    for step in range(250):
+        loss = loss_of(model, phase, tokens, learned)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        first, last = (loss.item() if step == 0 else first), loss.item()
+    assert first > 4
+    assert last < 0.05
+
+
+def digest(module: torch.nn.Module) -> str:
+    content = b"".join(t.numpy().tobytes() for t in module.state_dict().values())
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_the_denoiser_phase_leaves_the_context_tower_alone(tmp_path):
+    recipe = replace(RECIPE, steps=8)
+    train(TINY, {BACKBONE: recipe}, tmp_path)
+    before = twotower.load(tmp_path, dtype=torch.float32)
+    model = train(TINY, {DENOISER: recipe}, tmp_path)
+    after = twotower.load(tmp_path, dtype=torch.float32)
+    assert digest(before.context) == digest(model.context) == digest(after.context)
+    assert digest(before.denoiser) == digest(before.context)  # where it starts from
+    assert digest(after.denoiser) != digest(before.denoiser)
+
+
+def without_speed(out) -> list[dict]:
+    return [{k: v for k, v in entry.items() if k != "tokens_per_second"} for entry in read_log(out)]
+
+
+@pytest.mark.parametrize("stop", [(BACKBONE, 3), (DENOISER, 1), (DENOISER, 4)], ids=str)
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path, monkeypatch, stop):
+    for name in ("LOG_EVERY", "SAVE_EVERY"):
+        monkeypatch.setattr(twotower.train, name, 2)
+    recipes = {BACKBONE: RECIPE, DENOISER: RECIPE}
+    train(TINY, recipes, tmp_path / "whole")
+
+    advance = Run._advance
+
+    def killed(run: Run) -> None:
+        if (run.phase, run.step) == stop:
+            raise KeyboardInterrupt
+        advance(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_advance", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(TINY, recipes, tmp_path / "parts")
+    train(TINY, recipes, tmp_path / "parts")
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+    assert without_speed(tmp_path / "whole") == without_speed(tmp_path / "parts")
+    assert [e["step"] for e in read_log(tmp_path / "parts")] == [2, 4, 5] * 2
+
+
+def test_a_killed_command_goes_on(tmp_path):
+    """SIGKILL in the middle, then the same command again."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(vars(TINY)))
+    command = [
+        sys.executable, "-m", "twotower", "train", str(tmp_path / "out"), "--phase", "backbone",
+        "--config", str(config), "--steps", "220", "--rows", "2", "--length", "64", "--device", "cpu",
+    ]  # fmt: skip
+    path = os.pathsep.join(sys.path)
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE)
+    progress = tmp_path / "out" / PROGRESS
+    deadline = time.monotonic() + 120
+    while not progress.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert torch.load(progress, weights_only=True)["step"] == 100
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert "model.safetensors" in os.listdir(tmp_path / "out"), done.stderr
+    steps = [entry["step"] for entry in read_log(tmp_path / "out")]
+    assert steps == list(range(20, 221, 20))
+    assert torch.load(progress, weights_only=True)["step"] == 220
+
+
+def test_the_log_says_how_it_went(tmp_path):
+    train(TINY, {BACKBONE: replace(RECIPE, steps=21)}, tmp_path)
+    first, last = read_log(tmp_path)
+    assert (first["phase"], first["step"], last["step"]) == (BACKBONE, 20, 21)
+    assert last["learning_rate"] == pytest.approx(RECIPE.learning_rate / 21)
+    assert 0 < last["held_out_loss"] < 10
+    assert first["tokens_per_second"] > 0
+    assert first["gradient_norm"] > 0
+    assert "held_out_loss" not in first
+
+
+def test_routers_are_balanced():
+    model = tiny_model()
+    layer = model.context.layers[1]
+    trained_parameters(model, BACKBONE)
+    layer.load = torch.tensor([100, 0, 50, 50])
+    before = layer.correction_bias.clone()
+    objective.balance_experts(model)
+    expected = objective.BALANCE_RATE * torch.tensor([-1.0, 1.0, 0.0, 0.0])
+    torch.testing.assert_close(layer.correction_bias - before, expected)
+    assert torch.equal(model.denoiser.layers[1].correction_bias, torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "train: steps must be an int in"),
+        ({"rows": -1}, "train: rows must be an int in"),
+        ({"length": 40}, "train: length must be a multiple of the block, 16, got 40"),
+        ({"learning_rate": math.nan}, "train: learning_rate must be a positive number"),
+        ({"clip": 0.0}, "train: clip must be a positive number"),
+    ],
+)
+def test_recipes_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(RECIPE, **change)
+
+
+def test_other_runs_are_not_overwritten(tmp_path):
+    train(TINY, {BACKBONE: RECIPE}, tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is of another recipe"):
+        train(TINY, {BACKBONE: replace(RECIPE, seed=1)}, tmp_path)
+    with pytest.raises(ValueError, match="is of another config"):
+        train(replace(TINY, hidden_size=32), {BACKBONE: RECIPE}, tmp_path)
+    (tmp_path / PROGRESS).unlink()
+    with pytest.raises(ValueError, match="holds a checkpoint already"):
+        train(TINY, {BACKBONE: RECIPE}, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == content
+
+
+def test_a_denoiser_needs_a_finished_backbone(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError):
+        train(TINY, {DENOISER: RECIPE}, tmp_path)
+    run = Run(TwoTowerModel(TINY), BACKBONE, RECIPE, tmp_path)
+    run._advance()
+    twotower.weights.save(run.model, tmp_path)
+    run.save()
+    with pytest.raises(ValueError, match="the backbone stopped at step 1"):
+        train(TINY, {DENOISER: RECIPE}, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    run = Run(TwoTowerModel(TINY), BACKBONE, RECIPE, tmp_path)
+    with torch.no_grad():
+        run.model.context.head.fill_(math.nan)
+    with pytest.raises(RuntimeError, match="train: backbone: loss and gradient norm must be finite"):
+        run._advance()
