@@ -18,7 +18,17 @@ import twotower
 from twotower import data, objective
 from twotower.config import Config
 from twotower.towers import TwoTowerModel
-from twotower.train import BACKBONE, DENOISER, PROGRESS, Recipe, Run, read_log, train, trained_parameters
+from twotower.train import (
+    BACKBONE,
+    DENOISER,
+    PROGRESS,
+    Recipe,
+    Run,
+    context_digest,
+    read_log,
+    train,
+    trained_parameters,
+)
 
 TINY = Config(
     hybrid_override_pattern="ME*E", num_hidden_layers=4, hidden_size=16, vocab_size=data.VOCAB_SIZE,
@@ -151,6 +161,12 @@ def test_the_denoiser_phase_leaves_the_context_tower_alone(tmp_path):
     assert digest(before.context) == digest(model.context) == digest(after.context)
     assert digest(before.denoiser) == digest(before.context)  # where it starts from
     assert digest(after.denoiser) != digest(before.denoiser)
+    ends = [entry for entry in read_log(tmp_path) if "context_sha256" in entry]
+    assert [entry["phase"] for entry in ends] == [BACKBONE, DENOISER]
+    assert {entry["context_sha256"] for entry in ends} == {context_digest(after)}
+    with torch.no_grad():
+        after.context.layers[0].norm[3] += 0.1
+    assert context_digest(after) != ends[0]["context_sha256"]
 
 
 def without_speed(out) -> list[dict]:

@@ -28,6 +28,9 @@ LONGEST_ANSWER = 48
 TEXT_PROMPT, TEXT_BYTES = 64, 64
 """Bytes of documentation that are given, and that are then generated."""
 
+MOST_PROBLEMS = 10_000
+"""Of a task; every task has far more that are held out."""
+
 ALONE = 4
 """Problems a task that are also decoded one by one, for their speed."""
 
@@ -83,8 +86,11 @@ def evaluate(
     and the bits that the context tower takes for a byte of what was generated (text that it finds likely takes few,
     and so does text that repeats itself).
 
-    Raises ValueError for a model of another vocabulary than the tasks' bytes.
+    Raises ValueError for a model of another vocabulary than the tasks' bytes, and counts out of range.
     """
+    for name, count in (("problems", problems), ("texts", texts)):
+        if not 1 <= count <= MOST_PROBLEMS:
+            raise ValueError(f"evaluate: {name} must be an int in [1, {MOST_PROBLEMS}], got {count}")
     if model.config.vocab_size < 260:
         raise ValueError(
             f"evaluate: the model must know 260 byte tokens, got a vocabulary of {model.config.vocab_size}"

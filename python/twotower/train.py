@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -182,10 +184,23 @@ class Run:
         entry["learning_rate"] = self.recipe.rate(self.step - 1)
         if self.step % HELD_OUT_EVERY == 0 or self.finished:
             entry["held_out_loss"] = self._held_out_loss()
+        if self.finished:
+            entry |= self._circumstances()
         with open(self.out / LOG, "a") as file:
             file.write(json.dumps(entry) + "\n")
         self._window = _Window()
         return entry
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What the end of a phase records of it."""
+        return {
+            "recipe": asdict(self.recipe),
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "device": str(self.model.context_device),
+            "context_sha256": context_digest(self.model),
+        }
 
     def _resume(self) -> bool:
         """Takes up the progress that `out` holds, if there is any of this phase or a later one."""
@@ -234,6 +249,15 @@ def trained_parameters(model: TwoTowerModel, phase: str) -> list[nn.Parameter]:
     parts: list[nn.Module] = [model.context] if phase == BACKBONE else [model.denoiser, model.time]
     named = [pair for part in parts for pair in part.train().named_parameters()]
     return [p.requires_grad_() for name, p in named if not name.endswith("correction_bias")]
+
+
+def context_digest(model: TwoTowerModel) -> str:
+    """SHA-256 of the context tower as a checkpoint stores it, tensor by tensor in the order of their names."""
+    views = model.context.checkpoint_views("context_tower", "context_lm_head")
+    sha = hashlib.sha256()
+    for name in sorted(views):
+        sha.update(views[name].to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return sha.hexdigest()
 
 
 @dataclass
