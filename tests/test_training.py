@@ -243,6 +243,17 @@ def test_routers_are_balanced():
     expected = objective.BALANCE_RATE * torch.tensor([-1.0, 1.0, 0.0, 0.0])
     torch.testing.assert_close(layer.correction_bias - before, expected)
     assert torch.equal(model.denoiser.layers[1].correction_bias, torch.zeros(4))
+    assert layer.load is None
+
+
+def test_every_pass_of_a_step_counts_for_the_balance():
+    model = tiny_model()
+    trained_parameters(model, DENOISER)
+    tokens, learned = data.batch(0, 0, 8, 64)
+    loss_of(model, DENOISER, tokens, learned)
+    chosen = 8 * 64 + 64  # masked blocks, and one sequence in eight once more
+    assert [layer.load.sum() for layer in model.denoiser.layers[1::2]] == [2 * chosen] * 2
+    assert [layer.load for layer in model.context.layers[1::2]] == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,9 @@ def ssd_scan(
     padding = chunks * rows - length
 
     def chunked(rows_last: Tensor) -> Tensor:  # (batch, length, ...) -> (batch, chunks, rows, ...), zeros at the end
-        padded = F.pad(rows_last, (0, 0) * (rows_last.ndim - 2) + (0, padding))
-        return padded.unflatten(1, (chunks, rows))
+        if padding:  # without any, F.pad would copy
+            rows_last = F.pad(rows_last, (0, 0) * (rows_last.ndim - 2) + (0, padding))
+        return rows_last.unflatten(1, (chunks, rows))
 
     raw = dt.to(acc) if dt_bias is None else dt.to(acc) + dt_bias.to(acc)
     step = chunked(torch.logaddexp(raw, torch.zeros_like(raw))).transpose(2, 3)  # (batch, chunks, heads, rows)
@@ -70,7 +71,7 @@ def ssd_scan(
     states = [state]
     for chunk in range(chunks):
         states.append(whole[:, chunk] * states[-1] + added[:, chunk])
-    before = torch.stack(states[:-1], dim=1)
+    before = torch.stack(states[:-1], dim=1) if chunks > 1 else state[:, None]
     from_state = queries.unsqueeze(3) @ before.unflatten(2, per_group).transpose(-1, -2)
     y = y + torch.exp(log_decay)[..., None] * from_state.flatten(2, 3)
 

@@ -235,7 +235,7 @@ class MoELayer(Layer):
 
     modulate = "after"
     load: Tensor | None = None
-    """In training mode, how many times each expert was chosen in the last pass: (experts,) int64."""
+    """In training, how many times each expert was chosen since this was last set to None: (experts,) int64."""
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype):
         super().__init__(config, device, dtype)
@@ -254,8 +254,9 @@ class MoELayer(Layer):
         ids, weights = ops.moe_route(
             tokens, self.gate, self.correction_bias, config.num_experts_per_tok, config.routed_scaling_factor
         )
-        if self.training:
-            self.load = torch.bincount(ids.flatten(), minlength=config.n_routed_experts)
+        if in_training(self.gate):
+            load = torch.bincount(ids.flatten(), minlength=config.n_routed_experts)
+            self.load = load if self.load is None else self.load + load
         out = ops.moe_experts(tokens, ids, weights, self.up, self.down, self.shared_up, self.shared_down)
         return out.view_as(u), LayerState()
 

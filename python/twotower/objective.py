@@ -12,8 +12,8 @@ from twotower.data import BLOCK_SIZE, MASK, PAD
 from twotower.layers import MambaLayer, MoELayer
 from twotower.towers import TwoTowerModel
 
-MOCK_AR_EVERY = 8
-"""One sequence in so many also trains the denoiser to predict a next token (mode "mock_ar")."""
+MOCK_AR_EVERY = 4
+"""One step in so many also trains the denoiser to predict a next token (mode "mock_ar")."""
 
 BALANCE_RATE = 2e-3
 """By how much a step moves the correction bias of an expert that had more or less than its share of tokens."""
@@ -114,18 +114,19 @@ def mock_ar_loss(model: TwoTowerModel, tokens: Tensor, learned: Tensor) -> Tenso
     return next_token_loss(logits.view(*tokens.shape, -1), tokens, learned)
 
 
-def denoiser_loss(model: TwoTowerModel, tokens: Tensor, learned: Tensor, generator: torch.Generator) -> Tensor:
-    """`denoising_loss`, plus `mock_ar_loss` of every eighth sequence."""
-    some = slice(None, None, MOCK_AR_EVERY)
-    return denoising_loss(model, tokens, learned, generator) + mock_ar_loss(model, tokens[some], learned[some])
+def denoiser_loss(model: TwoTowerModel, tokens: Tensor, learned: Tensor, seed: int, step: int) -> Tensor:
+    """`denoising_loss` with the noise of a step, plus, in every fourth step, `mock_ar_loss` of the first sequence."""
+    loss = denoising_loss(model, tokens, learned, torch.Generator().manual_seed(seed * 2**32 + step))
+    return loss if step % MOCK_AR_EVERY else loss + mock_ar_loss(model, tokens[:1], learned[:1])
 
 
 @torch.no_grad()
 def balance_experts(model: TwoTowerModel) -> None:
-    """Moves the correction bias of each trained router towards equal load, without an auxiliary loss (arXiv
-    2408.15664).
+    """Moves the correction bias of each trained router towards equal load since the last call, without an auxiliary
+    loss (arXiv 2408.15664).
     """
     for layer in model.modules():
         if isinstance(layer, MoELayer) and layer.gate.requires_grad and layer.load is not None:
             load = layer.load.float()
             layer.correction_bias += BALANCE_RATE * torch.sign(load.mean() - load)
+            layer.load = None

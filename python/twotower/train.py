@@ -102,10 +102,12 @@ class Run:
         self.step = 0
         self._window = _Window()
         self.parameters = trained_parameters(model, phase)
+        matrices = [p for p in self.parameters if p.ndim > 1 and p is not model.time.tables]  # those are vectors
+        vectors = [p for p in self.parameters if all(p is not matrix for matrix in matrices)]
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-                {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+                {"params": matrices, "weight_decay": recipe.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
             ],
             betas=(0.9, 0.95),
             fused=True,
@@ -169,8 +171,7 @@ class Run:
     def _loss(self, tokens: Tensor, learned: Tensor, step: int) -> Tensor:
         if self.phase == BACKBONE:
             return backbone_loss(self.model, tokens, learned)
-        generator = torch.Generator().manual_seed(self.recipe.seed * 2**32 + step)
-        return denoiser_loss(self.model, tokens, learned, generator)
+        return denoiser_loss(self.model, tokens, learned, self.recipe.seed, step)
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
