@@ -87,9 +87,9 @@ def test_an_answer_is_right_to_its_end():
 
 
 def test_passages_are_held_out_documentation():
-    passages = evaluate.held_out_passages(12)
+    passages = evaluate.held_out_passages()
     text = "\n".join(data.documentation(True).values())
-    assert len({tuple(prompt) for prompt, _ in passages}) == 12
+    assert len({tuple(prompt) for prompt, _ in passages}) == len(passages) >= 15
     for prompt, rest in passages:
         assert prompt[0] == data.BOS
         assert (len(prompt), len(rest)) == (1 + evaluate.TEXT_PROMPT, evaluate.TEXT_BYTES)
@@ -100,7 +100,18 @@ def test_bits_are_the_context_towers(model):
     sequence = torch.randint(4, 260, (1, 30), generator=torch.Generator().manual_seed(1))
     logits = model.prefill(sequence)[0][0]
     nats = [-F.log_softmax(logits[i], -1)[sequence[0, i + 1]].item() for i in range(10, 29)]
-    assert evaluate._bits(model, sequence.tolist(), 10) == pytest.approx(sum(nats) / 19 / math.log(2), rel=1e-5)
+    prompt, new = sequence[0, :11].tolist(), sequence[0, 11:].tolist()
+    shorter = (prompt, new[:4])
+    assert evaluate._bits(model, [(prompt, new)]) == pytest.approx(sum(nats) / 19 / math.log(2), rel=1e-5)
+    both = (sum(nats) + sum(nats[:4])) / 23 / math.log(2)
+    assert evaluate._bits(model, [(prompt, new), shorter]) == pytest.approx(both, rel=1e-5)
+    assert evaluate._bits(model, [(prompt, [])]) == 0
+
+
+def test_padding_is_no_token():
+    assert evaluate._written([7, 8, data.EOS]) == [7, 8, data.EOS]
+    assert evaluate._written([7, data.PAD, data.PAD, 8]) == [7]
+    assert evaluate._written([data.PAD]) == []
 
 
 def test_settings_change_one_thing_at_a_time():
@@ -121,7 +132,7 @@ def test_settings_change_one_thing_at_a_time():
 @pytest.fixture(scope="module")
 def result(model):
     chosen = [Setting("ar"), DIFFUSION, replace(DIFFUSION, ablation="constant t"), replace(DIFFUSION, steps=1)]
-    return evaluate.evaluate(model, problems=2, texts=2, chosen=chosen, progress=False)
+    return evaluate.evaluate(model, problems=2, chosen=chosen, progress=False)
 
 
 def test_an_evaluation_counts_what_was_generated(model, result):
@@ -133,7 +144,8 @@ def test_an_evaluation_counts_what_was_generated(model, result):
     assert all(run["tokens_per_second"] > 0 for run in result["runs"])
     prompts = [[data.BOS, *data.encode(p.prompt)] for t in data.TASKS for p in data.held_out_problems(t, 2)]
     out = twotower.generate(model, prompts, max_new_tokens=evaluate.LONGEST_ANSWER)
-    assert diffusion["tokens_per_nfe"] == pytest.approx(out.tokens_per_nfe, abs=1e-4)
+    written = sum(len(evaluate._written(tokens)) for tokens in out.tokens)
+    assert diffusion["tokens_per_nfe"] == pytest.approx(written / sum(out.nfe), abs=1e-4)
     assert evaluate.find(result, DIFFUSION) is diffusion
     with pytest.raises(KeyError):
         evaluate.find(result, Setting("mock_ar"))
@@ -148,7 +160,7 @@ def test_right_answers_are_counted(model, monkeypatch):
         return replace(real, tokens=tokens or [[5] * 64 for _ in prompts])
 
     monkeypatch.setattr(evaluate, "generate", oracle)
-    run = evaluate.evaluate(model, problems=4, texts=2, chosen=[DIFFUSION], progress=False)["runs"][0]
+    run = evaluate.evaluate(model, problems=4, chosen=[DIFFUSION], progress=False)["runs"][0]
     assert run["accuracy"] == dict.fromkeys(data.TASKS, 0.75)
     assert run["accuracy_overall"] == 0.75
 
@@ -172,5 +184,29 @@ def test_the_picture_describes_itself(result, tmp_path):
 
 
 def test_other_vocabularies_are_refused(golden):
-    with pytest.raises(ValueError, match="evaluate: the model must know 260 byte tokens, got a vocabulary of 256"):
+    with pytest.raises(ValueError, match="evaluate: vocab_size must be at least 260, the tokens of the data, got 256"):
         evaluate.evaluate(twotower.load(golden.checkpoint))
+
+
+@pytest.mark.parametrize(("mode", "ablation"), [("mock_ar", "constant t"), ("mask_diffusion", "no sleep")])
+def test_ablations_that_are_not_there_are_refused(mode: str, ablation: str):
+    with pytest.raises(ValueError, match="Setting: ablation must be one of mask_diffusion's"):
+        Setting(mode, ablation=ablation)
+
+
+def test_an_ablation_gives_back_a_users_own_method(model):
+    def own(*arguments, **options):
+        return type(model).denoise_hidden(model, *arguments, **options)
+
+    model.denoise_hidden = own
+    try:
+        with ABLATIONS["constant t"](model):
+            assert model.denoise_hidden is not own
+        assert model.denoise_hidden is own
+    finally:
+        del model.denoise_hidden
+
+
+def test_a_table_without_autoregression_compares_with_nothing(result):
+    rows = evaluate.table(result | {"runs": result["runs"][1:]}).splitlines()[2:]
+    assert all("| – |" in row for row in rows)

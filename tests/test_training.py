@@ -15,6 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 import twotower
+from checkpoint_files import save_sharded
 from twotower import data, objective
 from twotower.config import Config
 from twotower.towers import TwoTowerModel
@@ -53,7 +54,7 @@ def tiny_model(dtype: torch.dtype = torch.float32) -> TwoTowerModel:
 def loss_of(model: TwoTowerModel, phase: str, tokens: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
     if phase == BACKBONE:
         return objective.backbone_loss(model, tokens, learned)
-    return objective.denoiser_loss(model, tokens, learned, torch.Generator().manual_seed(3))
+    return objective.denoiser_loss(model, tokens, learned, seed=3, step=0)
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16, 48])
@@ -198,6 +199,10 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path, monkeypatch, stop):
     assert [e["step"] for e in read_log(tmp_path / "parts")] == [2, 4, 5] * 2
 
 
+def begun(progress) -> bool:
+    return progress.exists() and torch.load(progress, weights_only=True)["step"] > 0
+
+
 def test_a_killed_command_goes_on(tmp_path):
     """SIGKILL in the middle, then the same command again."""
     config = tmp_path / "config.json"
@@ -210,11 +215,11 @@ def test_a_killed_command_goes_on(tmp_path):
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE)
     progress = tmp_path / "out" / PROGRESS
     deadline = time.monotonic() + 120
-    while not progress.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    while not begun(progress) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert torch.load(progress, weights_only=True)["step"] == 100
+    assert torch.load(progress, weights_only=True)["step"] in (100, 200)
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
     assert "model.safetensors" in os.listdir(tmp_path / "out"), done.stderr
     steps = [entry["step"] for entry in read_log(tmp_path / "out")]
@@ -251,7 +256,7 @@ def test_every_pass_of_a_step_counts_for_the_balance():
     trained_parameters(model, DENOISER)
     tokens, learned = data.batch(0, 0, 8, 64)
     loss_of(model, DENOISER, tokens, learned)
-    chosen = 8 * 64 + 64  # masked blocks, and one sequence in eight once more
+    chosen = 8 * 64 + 64  # masked blocks, and the first sequence once more
     assert [layer.load.sum() for layer in model.denoiser.layers[1::2]] == [2 * chosen] * 2
     assert [layer.load for layer in model.context.layers[1::2]] == [None, None]
 
@@ -264,35 +269,122 @@ def test_every_pass_of_a_step_counts_for_the_balance():
         ({"length": 40}, "train: length must be a multiple of the block, 16, got 40"),
         ({"learning_rate": math.nan}, "train: learning_rate must be a positive number"),
         ({"clip": 0.0}, "train: clip must be a positive number"),
+        ({"weight_decay": -0.1}, "train: weight_decay must be a positive number"),
+        ({"seed": 2**31}, "train: seed must be an int in"),
+        ({"seed": -1}, "train: seed must be an int in"),
+        ({"steps": 2.5}, "train: steps must be an int, got 2.5"),
+        ({"rows": True}, "train: rows must be an int, got True"),
+        ({"clip": "1"}, "train: clip must be a number, got '1'"),
     ],
 )
 def test_recipes_out_of_range_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         replace(RECIPE, **change)
 
 
-def test_other_runs_are_not_overwritten(tmp_path):
+def content(directory) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()} if directory.exists() else {}
+
+
+def test_refused_runs_change_no_file(tmp_path):
     train(TINY, {BACKBONE: RECIPE}, tmp_path)
-    content = (tmp_path / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="is of another recipe"):
-        train(TINY, {BACKBONE: replace(RECIPE, seed=1)}, tmp_path)
-    with pytest.raises(ValueError, match="is of another config"):
-        train(replace(TINY, hidden_size=32), {BACKBONE: RECIPE}, tmp_path)
+    before = content(tmp_path)
+    for recipes, config, message in (
+        ({BACKBONE: replace(RECIPE, seed=1)}, TINY, "is of another recipe: seed must be 0, got 1"),
+        ({BACKBONE: RECIPE}, replace(TINY, hidden_size=32), "is of another config: hidden_size must be 16, got 32"),
+        (
+            {DENOISER: RECIPE},
+            replace(TINY, num_experts_per_tok=1),
+            "another config: num_experts_per_tok must be 2, got 1",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config, recipes, tmp_path)
+        assert content(tmp_path) == before
+    (tmp_path / PROGRESS).write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"progress.pt: not the progress of a run"):
+        train(TINY, {BACKBONE: RECIPE}, tmp_path)
     (tmp_path / PROGRESS).unlink()
     with pytest.raises(ValueError, match="holds a checkpoint already"):
         train(TINY, {BACKBONE: RECIPE}, tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == content
+    assert content(tmp_path) == {name: data for name, data in before.items() if name != PROGRESS}
 
 
-def test_a_denoiser_needs_a_finished_backbone(tmp_path, monkeypatch):
+def test_a_checkpoint_in_shards_is_not_written_into(golden, tmp_path):
+    save_sharded(tmp_path, {"lm_head.weight": torch.zeros(2)}, count=1)
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match="holds a checkpoint already"):
+        train(TINY, {BACKBONE: RECIPE}, tmp_path)
+    with pytest.raises(ValueError, match=r"save: .* holds model.safetensors.index.json"):
+        twotower.save(twotower.load(golden.checkpoint), tmp_path)
+    assert content(tmp_path) == before
+
+
+def test_a_finished_backbone_is_left_as_it_is(tmp_path):
+    """Asked for again after the denoiser has begun, it is compared, loaded and kept, and so is its log."""
+    recipes = {BACKBONE: RECIPE, DENOISER: RECIPE}
+    trained = train(TINY, recipes, tmp_path)
+    before = content(tmp_path)
+    again = train(TINY, {BACKBONE: RECIPE}, tmp_path)
+    assert digest(again.context) == digest(trained.context)
+    with pytest.raises(ValueError, match="another recipe: steps must be 5, got 2"):
+        train(TINY, {BACKBONE: replace(RECIPE, steps=2)}, tmp_path)
+    assert digest(train(TINY, recipes, tmp_path)) == digest(trained)
+    assert content(tmp_path) == before
+
+
+def test_a_backbone_from_elsewhere_is_not_trained_again(tmp_path):
+    train(TINY, {BACKBONE: RECIPE}, tmp_path)
+    (tmp_path / PROGRESS).unlink()
+    train(TINY, {DENOISER: RECIPE}, tmp_path)
+    with pytest.raises(ValueError, match="is of a denoiser whose backbone came from elsewhere"):
+        train(TINY, {BACKBONE: RECIPE, DENOISER: RECIPE}, tmp_path)
+
+
+def test_a_short_run_killed_while_it_saves_goes_on(tmp_path, monkeypatch):
+    def killed(model, path):
+        twotower.weights.save(model, path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(twotower.train, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(TINY, {BACKBONE: RECIPE}, tmp_path / "parts")
+    train(TINY, {BACKBONE: RECIPE}, tmp_path / "parts")
+    train(TINY, {BACKBONE: RECIPE}, tmp_path / "whole")
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_a_denoiser_needs_a_finished_backbone(tmp_path):
     with pytest.raises(FileNotFoundError):
-        train(TINY, {DENOISER: RECIPE}, tmp_path)
+        train(TINY, {DENOISER: RECIPE}, tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
     run = Run(TwoTowerModel(TINY), BACKBONE, RECIPE, tmp_path)
     run._advance()
-    twotower.weights.save(run.model, tmp_path)
+    twotower.save(run.model, tmp_path)
     run.save()
     with pytest.raises(ValueError, match="the backbone stopped at step 1"):
         train(TINY, {DENOISER: RECIPE}, tmp_path)
+
+
+def test_weight_decay_is_for_matrices(tmp_path):
+    model = tiny_model()
+    twotower.save(model, tmp_path)
+    run = Run(model, DENOISER, RECIPE, tmp_path / "run")
+    groups = {g["weight_decay"]: {id(p) for p in g["params"]} for g in run.optimizer.param_groups}
+    assert sorted(groups) == [0.0, 0.1]
+    assert len(groups[0.0]) + len(groups[0.1]) == len(run.parameters)
+    assert {id(model.denoiser.head), id(model.denoiser.layers[1].up), id(model.time.mlp_in)} <= groups[0.1]
+    assert {id(model.time.tables), id(model.denoiser.norm_f), id(model.denoiser.layers[0].A_log)} <= groups[0.0]
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="train: vocab_size must be at least 260, the tokens of the data, got 64"):
+        train(replace(TINY, vocab_size=64), {BACKBONE: RECIPE}, tmp_path)
+    for recipes in ({}, {"denoise": RECIPE}):
+        with pytest.raises(ValueError, match="train: recipes must be of phases among backbone, denoiser, got"):
+            train(TINY, recipes, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):

@@ -8,12 +8,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from twotower.command import Parser, guarded, integer, number, one_line, say
-
-if TYPE_CHECKING:
-    pass
 
 MODES = ("mask_diffusion", "mock_ar", "ar")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -189,15 +186,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     import twotower
     from twotower import pictures
     from twotower.evaluate import evaluate, modes, settings, table
+    from twotower.weights import replace_file
 
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     model = twotower.load(arguments.model, arguments.device or _default_device(), dtype=dtype)
     chosen = modes() if arguments.quick else settings()
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
     result = evaluate(model, problems=arguments.problems, chosen=chosen)
     print(table(result))
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+        content = json.dumps(result, indent=1) + "\n"
+        replace_file(arguments.out / "evaluation.json", lambda new: new.write_text(content))
         _draw(lambda: pictures.evaluation(result, arguments.out / "evaluation.svg"))
     return 0
 

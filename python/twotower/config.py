@@ -297,14 +297,14 @@ def read_bytes(path: Path, start: int = 0, count: int | None = None) -> bytearra
 
 
 @contextmanager
-def naming(path: Path, kind: str) -> Iterator[None]:
+def naming(path: Path, kind: str, done: str = "read") -> Iterator[None]:
     """Turns what the system says of a path into a FileNotFoundError or a ValueError that names it."""
     try:
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such {kind}") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise ValueError(f"{path}: cannot be {done}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def shown(value: object) -> str:

@@ -29,6 +29,10 @@ ALIGNED_SHARE = 0.8
 """Answers that begin with a block, as they do when they are generated; the others begin anywhere in one."""
 
 
+LEAST_PASSAGE = 128
+"""Characters of a held-out passage."""
+
+
 def encode(text: str) -> list[int]:
     """The token ids of a text: its UTF-8 bytes, shifted; no special tokens."""
     return [FIRST_BYTE + byte for byte in text.encode()]
@@ -37,6 +41,12 @@ def encode(text: str) -> list[int]:
 def decode(ids: list[int]) -> str:
     """The text of token ids; special tokens and broken characters are left out."""
     return bytes(token - FIRST_BYTE for token in ids if token >= FIRST_BYTE).decode(errors="ignore")
+
+
+def check_vocabulary(caller: str, size: int) -> None:
+    """ValueError, in the name of `caller`, for a model that does not know all token ids of this module."""
+    if size < VOCAB_SIZE:
+        raise ValueError(f"{caller}: vocab_size must be at least {VOCAB_SIZE}, the tokens of the data, got {size}")
 
 
 def write_tokenizer(path: Path) -> None:
@@ -138,13 +148,31 @@ def held_out_problems(task: str, count: int) -> list[Problem]:
 
 @cache
 def documentation(held_out: bool) -> dict[str, str]:
-    """Topics of the language reference that every Python installation carries; one in ten is held out, by its name."""
+    """Topics of the language reference that every Python installation carries; one in ten is held out, by its name.
+
+    Topics repeat one another: of those held out, only the passages count whose lines occur in no other topic.
+    """
     from pydoc_data.topics import topics
 
     def is_held_out(name: str) -> bool:
         return hashlib.sha256(name.encode()).digest()[0] < 26
 
-    return {name: text for name, text in sorted(topics.items()) if is_held_out(name) == held_out}
+    trained = {name: text for name, text in sorted(topics.items()) if not is_held_out(name)}
+    if not held_out:
+        return trained
+    everything = " ".join(" ".join(trained.values()).split())
+    passages: dict[str, str] = {}
+    for name in sorted(topics.keys() - trained.keys()):
+        passage: list[str] = []
+        for line in [*topics[name].splitlines(), None]:
+            if line is not None and (not line.strip() or " ".join(line.split()) not in everything):
+                passage.append(line)
+                continue
+            text = "\n".join(passage).strip("\n")
+            if len(text) >= LEAST_PASSAGE:
+                passages[f"{name}, {len(passages)}"] = text
+            passage = []
+    return passages
 
 
 def batch(seed: int, step: int, rows: int, length: int, *, held_out: bool = False) -> tuple[Tensor, Tensor]:

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from twotower.data import BLOCK_SIZE, BOS, EOS, TASKS, Problem, documentation, encode, held_out_problems
+from twotower.data import (
+    BLOCK_SIZE,
+    BOS,
+    EOS,
+    PAD,
+    TASKS,
+    Problem,
+    check_vocabulary,
+    documentation,
+    encode,
+    held_out_problems,
+)
 from twotower.decode import GenerateOutput, generate
 from twotower.layers import AttentionLayer
 from twotower.state import LayerState, State
@@ -45,6 +57,10 @@ class Setting:
     block_size: int = BLOCK_SIZE
     ablation: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.ablation is not None and (self.mode != "mask_diffusion" or self.ablation not in ABLATIONS):
+            raise ValueError(f"Setting: ablation must be one of mask_diffusion's, {', '.join(ABLATIONS)}, got {self}")
+
     @property
     def options(self) -> dict[str, Any]:
         return {
@@ -75,28 +91,23 @@ def evaluate(
     model: TwoTowerModel,
     *,
     problems: int = 200,
-    texts: int = 40,
     chosen: Sequence[Setting] | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Decodes `problems` held-out problems of each task and `texts` pieces of held-out documentation in every setting.
+    """Decodes `problems` held-out problems of each task and all held-out documentation in every setting.
 
     A run of the result has the accuracy (answers right to the last character, by task and over all), new tokens per
     evaluation over the problems, tokens per second of single problems, and, for documentation, tokens per evaluation
     and the bits that the context tower takes for a byte of what was generated (text that it finds likely takes few,
-    and so does text that repeats itself).
+    and so does text that repeats itself). Padding, which a block may hold behind an answer, is no token here.
 
-    Raises ValueError for a model of another vocabulary than the tasks' bytes, and counts out of range.
+    Raises ValueError for a model without the tasks' bytes in its vocabulary, and for a number out of range.
     """
-    for name, count in (("problems", problems), ("texts", texts)):
-        if not 1 <= count <= MOST_PROBLEMS:
-            raise ValueError(f"evaluate: {name} must be an int in [1, {MOST_PROBLEMS}], got {count}")
-    if model.config.vocab_size < 260:
-        raise ValueError(
-            f"evaluate: the model must know 260 byte tokens, got a vocabulary of {model.config.vocab_size}"
-        )
+    if not 1 <= problems <= MOST_PROBLEMS:
+        raise ValueError(f"evaluate: problems must be an int in [1, {MOST_PROBLEMS}], got {problems}")
+    check_vocabulary("evaluate", model.config.vocab_size)
     by_task = {task: held_out_problems(task, problems) for task in TASKS}
-    passages = held_out_passages(texts)
+    passages = held_out_passages()
     runs = []
     wanted = list(settings() if chosen is None else chosen)
     with tqdm(wanted, desc="evaluate", unit="run", disable=None if progress is None else not progress) as bar:
@@ -106,11 +117,11 @@ def evaluate(
                 runs.append(vars(setting) | _tasks(model, by_task, setting) | _texts(model, passages, setting))
     return {
         "problems_a_task": problems,
-        "texts": texts,
+        "texts": len(passages),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.denoiser_device),
         "threads": torch.get_num_threads(),
-        "held_out_text_bits": round(_bits(model, [p + a for p, a in passages], TEXT_PROMPT), 4),
+        "held_out_text_bits": round(_bits(model, passages), 4),
         "runs": runs,
     }
 
@@ -120,12 +131,12 @@ def _tasks(model: TwoTowerModel, by_task: dict[str, list[Problem]], setting: Set
     for task, problems in by_task.items():
         out = _answers(model, problems, setting)
         accuracy[task] = sum(_is_right(a, p) for a, p in zip(out.tokens, problems, strict=True)) / len(problems)
-        tokens += sum(map(len, out.tokens))
+        tokens += sum(len(_written(answer)) for answer in out.tokens)
         nfe += sum(out.nfe)
         for problem in problems[:ALONE]:
             alone = _answers(model, [problem], setting)
             seconds += alone.seconds
-            alone_tokens += len(alone.tokens[0])
+            alone_tokens += len(_written(alone.tokens[0]))
     return {
         "accuracy": accuracy,
         "accuracy_overall": sum(accuracy.values()) / len(accuracy),
@@ -139,36 +150,43 @@ def _answers(model: TwoTowerModel, problems: Sequence[Problem], setting: Setting
     return generate(model, prompts, max_new_tokens=LONGEST_ANSWER, eos_token_id=EOS, **setting.options)
 
 
+def _written(tokens: list[int]) -> list[int]:
+    """New tokens without padding and what may follow it."""
+    return tokens[: tokens.index(PAD)] if PAD in tokens else tokens
+
+
 def _is_right(tokens: list[int], problem: Problem) -> bool:
     return tokens == [*encode(problem.answer), EOS]
 
 
-def held_out_passages(count: int) -> list[tuple[list[int], list[int]]]:
-    """Pieces of held-out documentation, evenly spread, from the starts of lines: (prompt, what follows) as tokens."""
-    text = "\n".join(documentation(held_out=True).values())
+def held_out_passages() -> list[tuple[list[int], list[int]]]:
+    """Held-out documentation cut into pieces: (prompt, what follows) as tokens."""
     whole = TEXT_PROMPT + TEXT_BYTES
-    starts = [text.rfind("\n", 0, i * (len(text) - 2 * whole) // count + whole) + 1 for i in range(count)]
-    pieces = [encode(text[start : start + whole])[:whole] for start in starts]
+    texts = map(encode, documentation(held_out=True).values())
+    pieces = [text[i : i + whole] for text in texts for i in range(0, len(text) - whole + 1, whole)]
     return [([BOS, *piece[:TEXT_PROMPT]], piece[TEXT_PROMPT:]) for piece in pieces]
 
 
 def _texts(model: TwoTowerModel, passages: list[tuple[list[int], list[int]]], setting: Setting) -> dict[str, Any]:
     prompts = [prompt for prompt, _ in passages]
-    out = generate(model, prompts, max_new_tokens=TEXT_BYTES, eos_token_id=None, **setting.options)
-    whole = [prompt + new for prompt, new in zip(prompts, out.tokens, strict=True)]
+    out = generate(model, prompts, max_new_tokens=TEXT_BYTES, eos_token_id=EOS, **setting.options)
+    written = [_written(new) for new in out.tokens]
     return {
-        "text_tokens_per_nfe": round(out.tokens_per_nfe, 4),
-        "text_bits": round(_bits(model, whole, TEXT_PROMPT), 4),
+        "text_tokens_per_nfe": round(sum(map(len, written)) / sum(out.nfe), 4),
+        "text_bits": round(_bits(model, list(zip(prompts, written, strict=True))), 4),
     }
 
 
 @torch.inference_mode()
-def _bits(model: TwoTowerModel, sequences: list[list[int]], given: int) -> float:
-    """Bits a token that the context tower takes for what follows <bos> and `given` tokens."""
-    ids = torch.tensor(sequences, device=model.context_device)
-    logits, _ = model.prefill(ids)
-    assert isinstance(logits, Tensor)
-    return float(F.cross_entropy(logits[:, given:-1].flatten(0, 1), ids[:, given + 1 :].flatten())) / math.log(2)
+def _bits(model: TwoTowerModel, texts: list[tuple[list[int], list[int]]]) -> float:
+    """Bits a token that the context tower takes for what follows each prompt."""
+    logits, _ = model.prefill([prompt + new for prompt, new in texts])
+    nats, count = 0.0, 0
+    for (prompt, new), row in zip(texts, logits, strict=True):
+        targets = torch.tensor(new, dtype=torch.long, device=row.device)
+        nats += float(F.cross_entropy(row[len(prompt) - 1 : -1], targets, reduction="sum"))
+        count += len(new)
+    return nats / max(1, count) / math.log(2)
 
 
 @contextmanager
@@ -185,11 +203,8 @@ def _denoising_with(model: TwoTowerModel, change: Callable[[State, Tensor], tupl
         state, t = change(state, t)
         return original(state, block_ids, t, **rest)
 
-    model.denoise_hidden = changed  # type: ignore[method-assign, assignment]
-    try:
+    with _replaced(model, "denoise_hidden", changed):
         yield
-    finally:
-        del model.denoise_hidden
 
 
 def _without_states(model: TwoTowerModel):
@@ -206,15 +221,30 @@ def _with_constant_time(model: TwoTowerModel):
 
 @contextmanager
 def _with_causal_blocks(model: TwoTowerModel) -> Iterator[None]:
-    layers = [layer for layer in model.denoiser.layers if isinstance(layer, AttentionLayer)]
-    for layer in layers:
-        mix = layer.mix
-        layer.mix = lambda u, state, lengths, _, mix=mix: (mix(u, state, lengths, True)[0], LayerState())  # type: ignore
+    with ExitStack() as changes:
+        for layer in model.denoiser.layers:
+            if isinstance(layer, AttentionLayer):
+                changes.enter_context(_replaced(layer, "mix", partial(_mix_causally, layer.mix)))
+        yield
+
+
+def _mix_causally(
+    mix: Callable[..., tuple[Tensor, LayerState]], u: Tensor, state: LayerState, lengths: Tensor, causal: bool
+) -> tuple[Tensor, LayerState]:
+    return mix(u, state, lengths, True)[0], LayerState()
+
+
+@contextmanager
+def _replaced(owner: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """A method is another one for a while, and then again what it was, be it the class's or the object's own."""
+    own = vars(owner).get(name)
+    setattr(owner, name, function)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.mix
+        delattr(owner, name)
+        if own is not None:
+            setattr(owner, name, own)
 
 
 ABLATIONS: dict[str, Callable[[TwoTowerModel], Any]] = {
@@ -247,7 +277,7 @@ def table(result: dict[str, Any]) -> str:
         "bits/byte",
     ]
     lines = [_row(head), _row(["---"] + ["---:"] * (len(head) - 1))]
-    best = find(result, Setting("ar"))["accuracy_overall"]
+    best = max((run["accuracy_overall"] for run in result["runs"] if run["mode"] == "ar"), default=0)
     for run in result["runs"]:
         accuracy = run["accuracy_overall"]
         cells = [_label(run), *(f"{100 * run['accuracy'][task]:.1f}" for task in tasks), f"{100 * accuracy:.1f}"]

@@ -32,19 +32,25 @@ def initialize_backbone(model: TwoTowerModel, seed: int) -> None:
         else:
             writes = name.endswith(("out_proj", "o_proj", "down"))
             deviation = parameter.shape[-1] ** -0.5 / (math.sqrt(2 * len(tower.layers)) if writes else 1)
-            parameter.normal_(0, deviation, generator=generator)
-    tower.embeddings.normal_(0, 0.5, generator=generator)
-    tower.head.normal_(0, 0.02, generator=generator)
+            _fill_normal(parameter, deviation, generator)
+    _fill_normal(tower.embeddings, 0.5, generator)
+    _fill_normal(tower.head, 0.02, generator)
     for layer in model.context.layers:
         if isinstance(layer, MambaLayer):
             taps, heads = model.config.conv_kernel, model.config.mamba_num_heads
-            layer.conv_weight.uniform_(-1 / math.sqrt(taps), 1 / math.sqrt(taps), generator=generator)
+            uniform = 2 * torch.rand(layer.conv_weight.shape, generator=generator) - 1
+            layer.conv_weight.copy_(uniform / math.sqrt(taps))
             layer.conv_bias.zero_()
             layer.A_log.copy_(torch.linspace(1, 16, heads).log())
             steps = torch.logspace(-3, -1, heads)[torch.randperm(heads, generator=generator)]
             layer.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus of it gives the steps
         elif isinstance(layer, MoELayer):
             layer.correction_bias.zero_()
+
+
+def _fill_normal(parameter: Tensor, deviation: float, generator: torch.Generator) -> None:
+    """Numbers drawn on the CPU: the same on every device."""
+    parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
 
 
 @torch.no_grad()
@@ -56,7 +62,7 @@ def initialize_denoiser(model: TwoTowerModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     time = model.time
     for weight in (time.mlp_in, time.mlp_out):
-        weight.normal_(0, weight.shape[-1] ** -0.5, generator=generator)
+        _fill_normal(weight, weight.shape[-1] ** -0.5, generator)
     for rest in (time.mlp_in_bias, time.mlp_out_bias, time.block_weight, time.block_bias, time.tables):
         rest.zero_()
     time.tables[:, 2] = 1

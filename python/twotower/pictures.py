@@ -14,6 +14,8 @@ def training(log: Sequence[dict[str, Any]], path: Path) -> Path:
     plots.require()
     from twotower_ext.benchmarks.plots import style
 
+    if not log:
+        raise ValueError("the log of the training is empty")
     phases = [phase for phase in ("backbone", "denoiser") if any(entry["phase"] == phase for entry in log)]
     titles = {"backbone": "backbone: next token", "denoiser": "denoiser: masked tokens + next token"}
     with style.settings():
@@ -43,10 +45,11 @@ def evaluation(result: dict[str, Any], path: Path) -> Path:
     from twotower_ext.benchmarks.plots import style
 
     runs = result["runs"]
+    problems = len(runs[0]["accuracy"]) * result["problems_a_task"]
     with style.settings():
         page = style.Page(
             4.9, "Quality against speed",
-            f"Held-out problems answered right to the last character ({4 * result['problems_a_task']} problems), "
+            f"Held-out problems answered right to the last character ({problems} problems), "
             "over new tokens an evaluation.",
         )  # fmt: skip
         axes = page.axes(0.75, 0.95, style.WIDTH - 1.0, 3.2)

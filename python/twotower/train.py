@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import platform
 import sys
 import time
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from twotower.command import one_line
 from twotower.config import INT32, Config
-from twotower.data import BLOCK_SIZE, batch, write_tokenizer
+from twotower.data import BLOCK_SIZE, batch, check_vocabulary, write_tokenizer
 from twotower.objective import backbone_loss, balance_experts, denoiser_loss, initialize_backbone, initialize_denoiser
 from twotower.towers import TwoTowerModel
-from twotower.weights import SINGLE, load, replace_file, save
+from twotower.weights import INDEX, SINGLE, load, replace_file, save
 
 BACKBONE, DENOISER = PHASES = ("backbone", "denoiser")
 LOG, PROGRESS = "training.jsonl", "progress.pt"
@@ -30,9 +32,10 @@ HELD_OUT_BATCHES = 2
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a phase is trained. The learning rate rises for `warmup` steps and then falls evenly, to 0 after the last.
+    """How a phase is trained. The learning rate falls evenly, from `learning_rate` at the first step to 0 after the
+    last; over the first `warmup` steps it is lower and rises to meet that line.
 
-    Raises ValueError for values out of range.
+    Raises TypeError for values of the wrong type, ValueError for those out of range.
     """
 
     steps: int
@@ -45,14 +48,20 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rows", "length", "warmup"):
-            if not 1 <= getattr(self, name) <= INT32:
-                raise ValueError(f"train: {name} must be an int in [1, 2**31), got {getattr(self, name)}")
+        for name in ("steps", "rows", "length", "warmup", "seed"):
+            value, least = getattr(self, name), 0 if name == "seed" else 1
+            if type(value) is not int:
+                raise TypeError(f"train: {name} must be an int, got {value!r}")
+            if not least <= value <= INT32:
+                raise ValueError(f"train: {name} must be an int in [{least}, 2**31), got {value}")
         if self.length % BLOCK_SIZE:
             raise ValueError(f"train: length must be a multiple of the block, {BLOCK_SIZE}, got {self.length}")
-        for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"train: {name} must be a positive number, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip", "weight_decay"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise TypeError(f"train: {name} must be a number, got {value!r}")
+            if not 0 <= value < math.inf or (value == 0 and name != "weight_decay"):
+                raise ValueError(f"train: {name} must be a positive number, got {value}")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -73,15 +82,19 @@ def train(
     run that was killed goes on from its last saved step when called again, and on a CPU with the same number of threads
     ends in the same bits. progress: a progress bar on stderr; None shows it on a terminal.
 
-    Raises ValueError where `out` holds a run of another config or recipe, RuntimeError for a loss that is not finite.
+    Raises ValueError where `out` holds a checkpoint of other making, or a run of another config or recipe, and for a
+    vocabulary without the data's bytes; RuntimeError for a loss that is not finite.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / "tokenizer.json", write_tokenizer)
+    if not recipes or not recipes.keys() <= set(PHASES):
+        raise ValueError(f"train: recipes must be of phases among {', '.join(PHASES)}, got {list(recipes)}")
+    check_vocabulary("train", config.vocab_size)
     model = TwoTowerModel(config, context_device=device, denoiser_device=device)
     for phase in PHASES:
         if phase not in recipes:
             continue
         if phase == DENOISER:  # from the rounded weights that will be beside it
+            stored = Config.from_json(out / "config.json")
+            _check_same("config", out / "config.json", asdict(config), asdict(stored))
             model.load_state_dict(load(out, device, dtype=torch.float32, progress=False).state_dict())
         run = Run(model, phase, recipes[phase], out)
         if run.finished:
@@ -90,6 +103,7 @@ def train(
         if phase == BACKBONE:
             initialize_denoiser(model, recipes[phase].seed)
         save(model, out)
+        replace_file(out / "tokenizer.json", write_tokenizer)
         run.save()  # only now is the phase finished
     return model.requires_grad_(False).eval()
 
@@ -100,6 +114,7 @@ class Run:
     def __init__(self, model: TwoTowerModel, phase: str, recipe: Recipe, out: Path):
         self.model, self.phase, self.recipe, self.out = model, phase, recipe, out
         self.step = 0
+        self._recipes = {phase: asdict(recipe)}  # of the phases that `out` has seen
         self._window = _Window()
         self.parameters = trained_parameters(model, phase)
         matrices = [p for p in self.parameters if p.ndim > 1 and p is not model.time.tables]  # those are vectors
@@ -115,7 +130,10 @@ class Run:
         if not self._resume():
             initialize = initialize_backbone if phase == BACKBONE else initialize_denoiser
             initialize(model, recipe.seed)
-        self._forget_later_log()
+            out.mkdir(parents=True, exist_ok=True)
+            self.save()
+        if not self.finished:
+            self._forget_later_log()
 
     @property
     def finished(self) -> bool:
@@ -140,7 +158,7 @@ class Run:
         state = {
             "phase": self.phase,
             "config": asdict(self.model.config),
-            "recipe": asdict(self.recipe),
+            "recipes": self._recipes,
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -150,7 +168,7 @@ class Run:
     def _advance(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate(self.step)
-        tokens, learned = (t.to(self.model.context_device) for t in self._batch(self.step))
+        tokens, learned = self._batch(self.step)
         loss = self._loss(tokens, learned, self.step)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
@@ -166,7 +184,9 @@ class Run:
         self._window.add(*values, tokens.numel())
 
     def _batch(self, step: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        return batch(self.recipe.seed, step, self.recipe.rows, self.recipe.length, held_out=held_out)
+        tensors = batch(self.recipe.seed, step, self.recipe.rows, self.recipe.length, held_out=held_out)
+        tokens, learned = (tensor.to(self.model.context_device) for tensor in tensors)
+        return tokens, learned
 
     def _loss(self, tokens: Tensor, learned: Tensor, step: int) -> Tensor:
         if self.phase == BACKBONE:
@@ -175,9 +195,7 @@ class Run:
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
-        self.model.eval()
         losses = [self._loss(*self._batch(i, held_out=True), i).item() for i in range(HELD_OUT_BATCHES)]
-        trained_parameters(self.model, self.phase)
         return sum(losses) / len(losses)
 
     def _log(self) -> dict[str, Any]:
@@ -207,34 +225,46 @@ class Run:
         """Takes up the progress that `out` holds, if there is any of this phase or a later one."""
         path = self.out / PROGRESS
         if not path.exists():
-            if self.phase == BACKBONE and (self.out / SINGLE).exists():
+            if self.phase == BACKBONE and any((self.out / name).exists() for name in (SINGLE, INDEX)):
                 raise ValueError(f"train: {self.out} holds a checkpoint already; choose another directory")
             return False
-        state = torch.load(path, map_location=self.model.context_device, weights_only=True)
-        if state["config"] != asdict(self.model.config):
-            raise ValueError(f"train: {path} is of another config; choose another directory")
-        if state["phase"] != self.phase:
-            if self.phase == BACKBONE:  # which was finished before the denoiser began
-                self.step = self.recipe.steps
-                return True
-            if state["step"] < state["recipe"]["steps"]:
-                raise ValueError(
-                    f"train: {path}: the backbone stopped at step {state['step']}; train it to the end first"
-                )
-            return False
-        if state["recipe"] != asdict(self.recipe):
-            raise ValueError(
-                f"train: {path} is of another recipe: expected {asdict(self.recipe)}, got {state['recipe']}"
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        return True
+        state = _read_progress(path, self.model.context_device)
+        _check_same("config", path, asdict(self.model.config), state["config"])
+        self._recipes = state["recipes"] | self._recipes
+        if self.phase in state["recipes"]:
+            _check_same("recipe", path, asdict(self.recipe), state["recipes"][self.phase])
+        elif self.phase == BACKBONE:
+            raise ValueError(f"train: {path} is of a denoiser whose backbone came from elsewhere")
+        if state["phase"] == self.phase:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+            return True
+        if self.phase == BACKBONE:  # it was finished before the denoiser began
+            self.model.load_state_dict(state["model"])
+            self.step = self.recipe.steps
+            return True
+        if state["step"] < state["recipes"][BACKBONE]["steps"]:
+            raise ValueError(f"train: {path}: the backbone stopped at step {state['step']}; train it to the end first")
+        return False
 
     def _forget_later_log(self) -> None:
         """Drops what was logged behind this step and will be logged again."""
         kept = [e for e in read_log(self.out) if e["phase"] != self.phase or e["step"] <= self.step]
         replace_file(self.out / LOG, lambda new: new.write_text("".join(json.dumps(entry) + "\n" for entry in kept)))
+
+
+def _read_progress(path: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"train: {path}: not the progress of a run: {one_line(error)}") from None
+
+
+def _check_same(what: str, path: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise ValueError(f"train: {path} is of another {what}: {name} must be {found.get(name)!r}, got {value!r}")
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
@@ -245,15 +275,15 @@ def read_log(out: Path) -> list[dict[str, Any]]:
 
 
 def trained_parameters(model: TwoTowerModel, phase: str) -> list[nn.Parameter]:
-    """What a phase trains; makes exactly these want gradients, and their modules know that they are in training."""
-    model.requires_grad_(False).eval()
+    """What a phase trains; makes exactly these want gradients."""
+    model.requires_grad_(False)
     parts: list[nn.Module] = [model.context] if phase == BACKBONE else [model.denoiser, model.time]
-    named = [pair for part in parts for pair in part.train().named_parameters()]
+    named = [pair for part in parts for pair in part.named_parameters()]
     return [p.requires_grad_() for name, p in named if not name.endswith("correction_bias")]
 
 
 def context_digest(model: TwoTowerModel) -> str:
-    """SHA-256 of the context tower as a checkpoint stores it, tensor by tensor in the order of their names."""
+    """SHA-256 of the context tower in bfloat16, tensor by tensor in the order of their names in a checkpoint."""
     views = model.context.checkpoint_views("context_tower", "context_lm_head")
     sha = hashlib.sha256()
     for name in sorted(views):

@@ -86,13 +86,18 @@ def load(
 def save(model: TwoTowerModel, path: str | os.PathLike[str]) -> None:
     """Writes `config.json` and `model.safetensors` as `load` reads them, in the published layout: bfloat16, router
     corrections float32. Each file is replaced whole or not at all; the directory is made where it is missing.
+
+    Raises TypeError for arguments of the wrong type, ValueError for a directory of shards, which would go first in
+    `load`, and for files that cannot be written.
     """
     if not isinstance(model, TwoTowerModel):
         raise TypeError(f"save: model must be a TwoTowerModel, got {type(model).__name__}")
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"save: path must be a path, got {type(path).__name__}")
     directory = Path(path)
-    with naming(directory, "directory"):
+    if os.path.lexists(directory / INDEX):
+        raise ValueError(f"save: {directory} holds {INDEX}, which `load` would read; choose another directory")
+    with naming(directory, "directory", "made"):
         directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: view.to("cpu", torch.float32 if name.endswith("correction_bias") else torch.bfloat16).contiguous()
@@ -107,9 +112,12 @@ def save(model: TwoTowerModel, path: str | os.PathLike[str]) -> None:
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Has `write` make a file beside `path` and moves it there, so that readers never see half of it."""
     new = path.with_name(f".{path.name}.new")
-    with naming(path, "file"):
-        write(new)
-        os.replace(new, path)
+    try:
+        with naming(path, "folder", "written"):
+            write(new)
+            os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 class _File:
