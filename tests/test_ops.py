@@ -148,12 +148,13 @@ def test_opcheck(name: str, dtype: torch.dtype, monkeypatch):
         torch.library.opcheck(overload, tuple(leaves.values()), test_utils=utils)
 
 
+def is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def as_leaves(arguments: dict[Any, Any]) -> dict[Any, Any]:
     """The arguments with every floating tensor a leaf that wants a gradient."""
-    return {
-        k: v.detach().clone().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for k, v in arguments.items()
-    }
+    return {k: v.detach().clone().requires_grad_() if is_floating(v) else v for k, v in arguments.items()}
 
 
 def leaf_tensors(arguments: dict[str, Any]) -> list[Tensor]:
@@ -164,6 +165,12 @@ def scalar(results: Any) -> Tensor:
     """A sum that weighs every differentiable result differently."""
     outputs = [r for r in tuple_of(results) if r is not None and r.requires_grad]
     return sum(((i + 1) * r.double().sin().sum() for i, r in enumerate(outputs)), torch.zeros(()).double())
+
+
+def weighed(results: Any) -> Tensor:
+    """A sum whose gradient by each element is a fixed number, whatever errors the results have."""
+    outputs = [r.double().flatten() for r in tuple_of(results) if r is not None and r.requires_grad]
+    return sum((r @ torch.arange(1.0, len(r) + 1).double().sin() for r in outputs), torch.zeros(()).double())
 
 
 @differentiable
@@ -192,6 +199,27 @@ def test_gradients_equal_those_of_the_reference(name: str):
                 assert actual is None or not actual.any()
             else:
                 torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+@differentiable
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_as_precise_as_the_references(name: str, dtype: torch.dtype):
+    """In each dtype, against float64: no more than twice the reference's largest error, and four roundings."""
+    step = torch.finfo(dtype).eps
+    for sample in OPS[name].samples("cpu", dtype):
+        found = []
+        for function, wide in ((OPS[name].op, False), (OPS[name].reference, False), (OPS[name].reference, True)):
+            arguments = bound(name, sample)
+            if wide:
+                arguments = {k: v.double() if is_floating(v) else v for k, v in arguments.items()}
+            arguments = as_leaves(arguments)
+            weighed(function(**arguments)).backward()
+            found.append([None if t.grad is None else t.grad.double() for t in leaf_tensors(arguments)])
+        for ours, reference, exact in zip(*found, strict=True):
+            if exact is None or ours is None or not exact.numel():
+                continue
+            allowed = 2 * (reference - exact).abs().max() + 4 * step * exact.abs().max()
+            assert (ours - exact).abs().max() <= allowed, sample.name
 
 
 @differentiable

@@ -48,22 +48,25 @@ def ssd_scan(
     step = chunked(torch.logaddexp(raw, torch.zeros_like(raw))).transpose(2, 3)  # (batch, chunks, heads, rows)
     values = chunked(x.to(acc)).transpose(2, 3)  # (batch, chunks, heads, rows, head_dim)
     keys, queries = (chunked(m.to(acc)).transpose(2, 3) for m in (B, C))  # (batch, chunks, groups, rows, state_size)
-    log_decay = torch.cumsum(step * -torch.exp(A_log.to(acc))[:, None], dim=-1)  # from before the chunk to a row
+    log_decay = step * -torch.exp(A_log.to(acc))[:, None]
     per_group = (groups, heads // groups)
 
     # A row's view of the rows up to it: queries · keys, decayed and scaled by the other row's step.
-    later = torch.ones(rows, rows, dtype=torch.bool, device=x.device).triu(1)
-    between = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(later, -math.inf)
+    # (The decay between two rows is summed up from the other one on: a difference of sums would lose digits.)
+    later = torch.ones(rows, rows, dtype=torch.bool, device=x.device).triu()
+    since = log_decay[..., :, None].expand(*log_decay.shape, rows).masked_fill(later, 0)
+    between = torch.cumsum(since, dim=-2).masked_fill(later.triu(1), -math.inf)
     seen = (queries @ keys.transpose(-1, -2)).unsqueeze(3) * (torch.exp(between) * step[..., None, :]).unflatten(
         2, per_group
     )
     y = seen.flatten(2, 3) @ values
 
     # What each chunk adds to the state, and the states before each chunk.
-    until_end = torch.exp(log_decay[..., -1:] - log_decay) * step
+    until_end = torch.exp(between[..., -1, :]) * step
     weighted = (values * until_end[..., None]).unflatten(2, per_group)
     added = (weighted.transpose(-1, -2) @ keys.unsqueeze(3)).flatten(2, 3)  # (batch, chunks, heads, head_dim, state)
-    whole = torch.exp(log_decay[..., -1])[..., None, None]
+    from_start = torch.exp(torch.cumsum(log_decay, dim=-1))
+    whole = from_start[..., -1, None, None]
     if initial_state is None:
         state = torch.zeros(batch, heads, head_dim, state_size, dtype=acc, device=x.device)
     else:
@@ -73,7 +76,7 @@ def ssd_scan(
         states.append(whole[:, chunk] * states[-1] + added[:, chunk])
     before = torch.stack(states[:-1], dim=1) if chunks > 1 else state[:, None]
     from_state = queries.unsqueeze(3) @ before.unflatten(2, per_group).transpose(-1, -2)
-    y = y + torch.exp(log_decay)[..., None] * from_state.flatten(2, 3)
+    y = y + from_start[..., None] * from_state.flatten(2, 3)
 
     y = y.transpose(2, 3).flatten(1, 2)[:, :length]
     if D is not None:
