@@ -102,6 +102,14 @@ def test_a_batch_is_a_function_of_seed_and_step():
         assert not torch.equal(tokens, other[0])
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_share_of_text(share: float):
+    tokens, learned = data.batch(0, 0, 16, 256, text_share=share)
+    prompts = [data.decode(row.tolist()).split(" ")[0] in data.TASKS for row in tokens]
+    assert prompts == [share == 0] * 16
+    assert (learned.float().mean() > 0.9) == (share == 1)
+
+
 def test_what_is_learned_is_answers_and_text():
     """Prompts are given; behind an <eos> its block is filled with padding that can be predicted."""
     kinds = set()

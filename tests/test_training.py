@@ -270,6 +270,8 @@ def test_every_pass_of_a_step_counts_for_the_balance():
         ({"learning_rate": math.nan}, "train: learning_rate must be a positive number"),
         ({"clip": 0.0}, "train: clip must be a positive number"),
         ({"weight_decay": -0.1}, "train: weight_decay must be a positive number"),
+        ({"text_share": 1.5}, "train: text_share must be at most 1, got 1.5"),
+        ({"text_share": -0.5}, "train: text_share must be a positive number"),
         ({"seed": 2**31}, "train: seed must be an int in"),
         ({"seed": -1}, "train: seed must be an int in"),
         ({"steps": 2.5}, "train: steps must be an int, got 2.5"),

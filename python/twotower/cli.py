@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_number(train, "--rows", integer, 8, "sequences a step")
     _add_number(train, "--length", integer, 256, "tokens a sequence")
     _add_number(train, "--learning-rate", number, 3e-3, "the highest")
+    _add_number(train, "--text-share", number, 0.25, "of the sequences are documentation, the others problems")
     _add_number(train, "--seed", integer, 0, "of weights, data and noise")
     _add_device(train)
     train.set_defaults(run=_train)
@@ -171,7 +172,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from twotower.train import LOG, PHASES, Recipe, read_log, train
 
     phases = PHASES if arguments.phase == "both" else (arguments.phase,)
-    names = ("steps", "rows", "length", "learning_rate", "seed")
+    names = ("steps", "rows", "length", "learning_rate", "text_share", "seed")
     recipe = Recipe(**{name: getattr(arguments, name) for name in names})
     config = Config.from_json(arguments.config)
     train(config, dict.fromkeys(phases, recipe), arguments.out, device=arguments.device or _default_device())

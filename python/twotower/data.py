@@ -22,9 +22,6 @@ VOCAB_SIZE = FIRST_BYTE + 256
 BLOCK_SIZE = 16
 """Tokens that the denoiser learns to fill together."""
 
-TEXT_SHARE = 0.25
-"""Sequences of a batch that are documentation; the others are tasks."""
-
 ALIGNED_SHARE = 0.8
 """Answers that begin with a block, as they do when they are generated; the others begin anywhere in one."""
 
@@ -175,16 +172,18 @@ def documentation(held_out: bool) -> dict[str, str]:
     return passages
 
 
-def batch(seed: int, step: int, rows: int, length: int, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
+def batch(
+    seed: int, step: int, rows: int, length: int, *, text_share: float = 0.25, held_out: bool = False
+) -> tuple[Tensor, Tensor]:
     """The sequences of a step, (rows, length) int64, and whether each token is to be learned, (rows, length) bool: pure
     functions of the arguments.
 
-    A sequence is either a stretch of documentation or problems one after the other, each padded to the end of its last
-    block, so that what follows an <eos> in its block can be predicted. Prompts and the padding before them are given,
-    and not to be learned.
+    A sequence is a stretch of documentation with probability text_share, else problems one after the other, each padded
+    to the end of its last block, so that what follows an <eos> in its block can be predicted. Prompts and the padding
+    before them are given, and not to be learned.
     """
     random = Random(f"{seed}/{step}")
-    kinds = (_text if random.random() < TEXT_SHARE else _problems for _ in range(rows))
+    kinds = (_text if random.random() < text_share else _problems for _ in range(rows))
     sequences = (kind(random, held_out) for kind in kinds)
     pairs = torch.tensor([[next(sequence) for _ in range(length)] for sequence in sequences])
     return pairs[..., 0].contiguous(), pairs[..., 1].bool()

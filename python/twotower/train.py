@@ -43,6 +43,7 @@ class Recipe:
     length: int = 256  # tokens a sequence, whole blocks
     learning_rate: float = 3e-3
     warmup: int = 100
+    text_share: float = 0.25  # of the sequences are documentation, the others problems
     weight_decay: float = 0.1  # of matrices; vectors have none
     clip: float = 1.0  # norm of the gradient
     seed: int = 0
@@ -56,12 +57,14 @@ class Recipe:
                 raise ValueError(f"train: {name} must be an int in [{least}, 2**31), got {value}")
         if self.length % BLOCK_SIZE:
             raise ValueError(f"train: length must be a multiple of the block, {BLOCK_SIZE}, got {self.length}")
-        for name in ("learning_rate", "clip", "weight_decay"):
+        for name in ("learning_rate", "clip", "weight_decay", "text_share"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise TypeError(f"train: {name} must be a number, got {value!r}")
-            if not 0 <= value < math.inf or (value == 0 and name != "weight_decay"):
+            if not 0 <= value < math.inf or (value == 0 and name in ("learning_rate", "clip")):
                 raise ValueError(f"train: {name} must be a positive number, got {value}")
+        if self.text_share > 1:
+            raise ValueError(f"train: text_share must be at most 1, got {self.text_share}")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -184,7 +187,8 @@ class Run:
         self._window.add(*values, tokens.numel())
 
     def _batch(self, step: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        tensors = batch(self.recipe.seed, step, self.recipe.rows, self.recipe.length, held_out=held_out)
+        recipe = self.recipe
+        tensors = batch(recipe.seed, step, recipe.rows, recipe.length, text_share=recipe.text_share, held_out=held_out)
         tokens, learned = (tensor.to(self.model.context_device) for tensor in tensors)
         return tokens, learned
 
