@@ -1,4 +1,4 @@
-# make demo   build, then generate from a small checkpoint in all three modes
+# make demo   build, then generate from the demo model in all three modes, and ask it some problems
 # make test   build, then run the tests          make lint   ruff, clang-format, mypy
 # make emulate  build and run the CUDA kernels on the host, under sanitizers, in every order of threads (docs/emulation.md)
 # make mutate   plant bugs in the kernels and see that they are caught; about an hour
@@ -34,9 +34,13 @@ PROGRESS := ^ *(\[[0-9]+/[0-9]+|-- CUDA kernels|Successfully installed)
 	touch $@
 
 demo: .venv/built
-	@for mode in mask_diffusion mock_ar ar; do \
-	  $(BIN)/twotower generate tests/golden/checkpoint --prompt-ids 17,4,99,23,8 --max-new-tokens 48 --mode $$mode || exit; \
+	@for prompt in "sort qzmbkfad: " "sum 7 12 5 9: " "The for statement is used to "; do \
+	  for mode in mask_diffusion mock_ar ar; do \
+	    printf '\n%s: %s\n' $$mode "$$prompt"; \
+	    $(BIN)/twotower generate --prompt "$$prompt" --max-new-tokens 96 --mode $$mode || exit; \
+	  done; \
 	done
+	@printf '\n'; $(BIN)/twotower evaluate --quick --problems 50
 
 # The emulation's plain build runs among the tests; the sanitized ones follow where clang is installed, and are named where
 # not. EMULATE=--all makes a missing one a failure.
