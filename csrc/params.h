@@ -104,6 +104,18 @@ struct MambaBlockParams {
   Rows<3> new_ssm_state;      // A; only with update_state
 };
 
+constexpr int64_t kMambaBackwardRows = 16;  // at most
+
+// The gradients of the block's parameters are of each batch row alone.
+struct MambaBackwardParams {
+  MambaBlockParams block;  // without outputs
+  Rows<2> grad;            // T [b, l, h*p], the derivative by out
+  Rows<2> by_zxbcdt;       // T, as zxbcdt
+  Rows<2> by_conv;         // A [b, k + 1, h*p + 2*g*n]: by each tap, then by the bias
+  Rows<2> by_heads;        // A [b, 3, h]: by A_log, D and dt_bias
+  Rows<1> by_norm;         // A [b, h*p]
+};
+
 struct RouteParams {
   DType dtype;
   int64_t T, D, E, k;
@@ -143,6 +155,12 @@ struct AttentionParams {
   Rows<3> context_k, context_v;  // T [b, hkv, t, d]; optional
   Rows<0> context_lengths;       // int32 [b]; optional: T for every row
   Rows<3> out;                   // T [b, hq, l, d]
+};
+
+struct AttentionBackwardParams {
+  AttentionParams attention;  // one block, without output
+  Rows<3> grad;               // T [b, hq, l, d], the derivative by out
+  Rows<3> by_q, by_k, by_v;   // T, as q, k and v
 };
 
 struct CommitParams {
@@ -192,9 +210,11 @@ struct Kernels {
   void (*causal_conv1d)(const ConvParams&);
   void (*ssd_scan)(const ScanParams&);
   void (*mamba_block)(const MambaBlockParams&);
+  void (*mamba_block_backward)(const MambaBackwardParams&);
   void (*moe_route)(const RouteParams&);
   void (*moe_experts)(const ExpertsParams&);
   void (*attention)(const AttentionParams&);
+  void (*attention_backward)(const AttentionBackwardParams&);
   void (*denoise_commit)(const CommitParams&);
   void (*lm_head_commit)(const HeadCommitParams&);
   void (*linear)(const LinearParams&);

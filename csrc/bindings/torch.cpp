@@ -57,6 +57,20 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> mamba_block(
   return {f.result(0), f.optional_result(1), f.optional_result(2)};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> mamba_block_backward(
+    const Tensor& grad, const Tensor& zxbcdt, const Tensor& conv_weight, const OptionalTensor& conv_bias,
+    const Tensor& A_log, const Tensor& D, const Tensor& dt_bias, const Tensor& norm_weight,
+    const OptionalTensor& conv_state, const OptionalTensor& ssm_state, int64_t heads, int64_t groups,
+    int64_t state_size, double eps) {
+  TorchFace f("mamba_block", zxbcdt);
+  ops::mamba_block_backward(f, f.view("grad", grad), f.view("zxbcdt", zxbcdt), f.view("conv_weight", conv_weight),
+                            f.view("conv_bias", conv_bias), f.view("A_log", A_log), f.view("D", D),
+                            f.view("dt_bias", dt_bias), f.view("norm_weight", norm_weight),
+                            f.view("conv_state", conv_state), f.view("ssm_state", ssm_state), heads, groups, state_size,
+                            eps);
+  return {f.result(0), f.result(1), f.result(2), f.result(3)};
+}
+
 Pair moe_route(const Tensor& x, const Tensor& gate_weight, const Tensor& correction_bias, int64_t top_k,
                double scaling) {
   TorchFace f("moe_route", x);
@@ -83,6 +97,18 @@ Tensor block_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
   ops::block_attention(f, f.view("q", q), f.view("k", k), f.view("v", v), f.view("context_k", context_k),
                        f.view("context_v", context_v), f.view("context_lengths", context_lengths), causal, scale);
   return f.result(0);
+}
+
+std::tuple<Tensor, Tensor, Tensor> block_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                            const Tensor& v, const OptionalTensor& context_k,
+                                                            const OptionalTensor& context_v,
+                                                            const OptionalTensor& context_lengths, bool causal,
+                                                            double scale) {
+  TorchFace f("block_attention", q);
+  ops::block_attention_backward(f, f.view("grad", grad), f.view("q", q), f.view("k", k), f.view("v", v),
+                                f.view("context_k", context_k), f.view("context_v", context_v),
+                                f.view("context_lengths", context_lengths), causal, scale);
+  return {f.result(0), f.result(1), f.result(2)};
 }
 
 Tensor two_stream_attention(const Tensor& q, const Tensor& context_k, const Tensor& context_v, const Tensor& k,
@@ -137,6 +163,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("two_stream_attention", TORCH_BOX(&two_stream_attention));
   m.impl("denoise_commit", TORCH_BOX(&denoise_commit));
   m.impl("lm_head_commit", TORCH_BOX(&lm_head_commit));
+  m.impl("_block_attention_backward", TORCH_BOX(&block_attention_backward));
+  m.impl("_mamba_block_backward", TORCH_BOX(&mamba_block_backward));
   m.impl("_linear", TORCH_BOX(&linear));
   m.impl("_stream_read", TORCH_BOX(&stream_read));
 }
@@ -182,6 +210,13 @@ TWOTOWER_REGISTER(TWOTOWER_LIBRARY, m) {
       "lm_head_commit(Tensor hidden, Tensor weight, Tensor block, Tensor step, Tensor seed, Tensor offset, "
       "int steps, float threshold, int mask_token_id, float temperature, int top_k, float top_p) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_block_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? context_k, Tensor? context_v, "
+      "Tensor? context_lengths, bool causal, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_mamba_block_backward(Tensor grad, Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor A_log, "
+      "Tensor D, Tensor dt_bias, Tensor norm_weight, Tensor? conv_state, Tensor? ssm_state, int heads, int groups, "
+      "int state_size, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("_stream_read(Tensor buffer) -> Tensor");
 }

@@ -184,29 +184,11 @@ class Mixer {
   Scratch<A> state_;  // of one group's heads, where nobody asks for the state but later chunks
 };
 
-// Columns from `first` on; of no rows at all there is no address.
-template <class T>
-Rows<2> columns_from(Rows<2> rows, int64_t first) {
-  if (rows) rows.data = static_cast<T*>(rows.data) + first;
-  return rows;
-}
-
 template <class T>
 void mamba(const MambaBlockParams& p) {
   using A = acc_t<T>;
   const int64_t d_inner = p.H * p.P, heads = p.H / p.G;
-  const ConvParams conv{.dtype = p.dtype,
-                        .activation = ConvActivation::silu,
-                        .B = p.B,
-                        .L = p.L,
-                        .C = d_inner + 2 * p.G * p.N,
-                        .K = p.K,
-                        .x = columns_from<T>(p.zxbcdt, d_inner),
-                        .weight = p.conv_weight,
-                        .bias = p.conv_bias,
-                        .initial_state = p.conv_state,
-                        .y = {},
-                        .final_state = p.new_conv_state};
+  const ConvParams conv = conv_of_block<T>(p, ConvActivation::silu);
   const int64_t grain = kScanWork / ((p.L + 1) * p.P * (p.N + 1));
   if (p.B * p.G >= num_threads()) {
     parallel_for(p.B * p.G, grain / heads, [&](int64_t begin, int64_t end) {

@@ -13,9 +13,11 @@ void gated_group_rms_norm(const GatedNormParams&);
 void causal_conv1d(const ConvParams&);
 void ssd_scan(const ScanParams&);
 void mamba_block(const MambaBlockParams&);
+void mamba_block_backward(const MambaBackwardParams&);
 void moe_route(const RouteParams&);
 void moe_experts(const ExpertsParams&);
 void attention(const AttentionParams&);
+void attention_backward(const AttentionBackwardParams&);
 void denoise_commit(const CommitParams&);
 void lm_head_commit(const HeadCommitParams&);
 void linear(const LinearParams&);
@@ -28,9 +30,11 @@ const Kernels table{.isa = TWOTOWER_NAME(TWOTOWER_ISA),
                     .causal_conv1d = causal_conv1d,
                     .ssd_scan = ssd_scan,
                     .mamba_block = mamba_block,
+                    .mamba_block_backward = mamba_block_backward,
                     .moe_route = moe_route,
                     .moe_experts = moe_experts,
                     .attention = attention,
+                    .attention_backward = attention_backward,
                     .denoise_commit = denoise_commit,
                     .lm_head_commit = lm_head_commit,
                     .linear = linear,

@@ -28,11 +28,9 @@ void check_lengths(const Check& check, View context_lengths, int64_t B, int64_t 
   }
 }
 
-}  // namespace
-
-void block_attention(Face& face, View q, View k, View v, View context_k, View context_v, View context_lengths,
-                     bool causal, double scale) {
-  Check check("block_attention", "q", q);
+// The arguments that block_attention and its gradient have in common, checked; the output is left out.
+AttentionParams check_block_attention(const Check& check, View q, View k, View v, View context_k, View context_v,
+                                      View context_lengths, bool causal, double scale) {
   Axes a;
   Dim T{"context_rows"};
   a.queries_and_block(check, q, k, v);
@@ -49,26 +47,54 @@ void block_attention(Face& face, View q, View k, View v, View context_k, View co
   }
   check.require(std::isfinite(scale), "scale", "be finite", scale);
 
-  const TensorView out = face.output(0, q.dtype, q.device, {a.B, a.Hq, a.L, a.d});
+  return {.dtype = q.dtype,
+          .causal = causal,
+          .block_size = 0,
+          .scale = scale,
+          .B = a.B,
+          .Hq = a.Hq,
+          .Hkv = a.Hkv,
+          .L = a.L,
+          .T = context_k ? int64_t(T) : 0,
+          .d = a.d,
+          .q = rows<3>(q),
+          .k = rows<3>(k),
+          .v = rows<3>(v),
+          .context_k = rows<3>(context_k),
+          .context_v = rows<3>(context_v),
+          .context_lengths = rows<0>(context_lengths),
+          .out = {}};
+}
+
+}  // namespace
+
+void block_attention(Face& face, View q, View k, View v, View context_k, View context_v, View context_lengths,
+                     bool causal, double scale) {
+  Check check("block_attention", "q", q);
+  AttentionParams p = check_block_attention(check, q, k, v, context_k, context_v, context_lengths, causal, scale);
+  const TensorView out = face.output(0, q.dtype, q.device, {p.B, p.Hq, p.L, p.d});
   if (out.numel() == 0) return;
-  const AttentionParams p{.dtype = q.dtype,
-                          .causal = causal,
-                          .block_size = 0,
-                          .scale = scale,
-                          .B = a.B,
-                          .Hq = a.Hq,
-                          .Hkv = a.Hkv,
-                          .L = a.L,
-                          .T = context_k ? int64_t(T) : 0,
-                          .d = a.d,
-                          .q = rows<3>(q),
-                          .k = rows<3>(k),
-                          .v = rows<3>(v),
-                          .context_k = rows<3>(context_k),
-                          .context_v = rows<3>(context_v),
-                          .context_lengths = rows<0>(context_lengths),
-                          .out = rows<3>(out)};
+  p.out = rows<3>(out);
   launch(check, face, p, cpu::kernels().attention, nullptr);
+}
+
+void block_attention_backward(Face& face, View grad, View q, View k, View v, View context_k, View context_v,
+                              View context_lengths, bool causal, double scale) {
+  Check check("block_attention", "q", q);
+  AttentionBackwardParams p{
+      .attention = check_block_attention(check, q, k, v, context_k, context_v, context_lengths, causal, scale),
+      .grad = rows<3>(grad),
+      .by_q = {},
+      .by_k = {},
+      .by_v = {}};
+  const AttentionParams& a = p.attention;
+  Dim B{"batch", a.B}, Hq{"query_heads", a.Hq}, L{"rows", a.L}, d{"head_dim", a.d};
+  check.like("grad", grad, {&B, &Hq, &L, &d});
+  p.by_q = rows<3>(face.output(0, q.dtype, q.device, {B, Hq, L, d}));
+  p.by_k = rows<3>(face.output(1, q.dtype, q.device, {B, a.Hkv, L, d}));
+  p.by_v = rows<3>(face.output(2, q.dtype, q.device, {B, a.Hkv, L, d}));
+  if (grad.numel() == 0) return;
+  launch(check, face, p, cpu::kernels().attention_backward, nullptr);
 }
 
 void two_stream_attention(Face& face, View q, View context_k, View context_v, View k, View v, int64_t block_size) {

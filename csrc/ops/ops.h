@@ -45,6 +45,15 @@ void denoise_commit(Face&, View logits, View block, View step, View seed, View o
 void lm_head_commit(Face&, View hidden, View weight, View block, View step, View seed, View offset,
                     const CommitSettings&);
 
+// Private, on CPU: of mamba_block without update_state, at most kMambaBackwardRows rows. 0 by_zxbcdt, and, a row for
+// each batch row, in the accumulator dtype: 1 by conv_weight and conv_bias, 2 by A_log, D and dt_bias, 3 by
+// norm_weight.
+void mamba_block_backward(Face&, View grad, View zxbcdt, View conv_weight, View conv_bias, View A_log, View D,
+                          View dt_bias, View norm_weight, View conv_state, View ssm_state, int64_t heads,
+                          int64_t groups, int64_t state_size, double eps);
+// Private, on CPU: of block_attention. 0 by_q, 1 by_k, 2 by_v.
+void block_attention_backward(Face&, View grad, View q, View k, View v, View context_k, View context_v,
+                              View context_lengths, bool causal, double scale);
 // Private. 0 y: the model's projections on CPU, x weight^T + bias, a row as if it were alone.
 void linear(Face&, View x, View weight, View bias);
 // Private, the benchmarks' ceiling. 0 sum: of all values, which takes as long as reading them.

@@ -53,10 +53,12 @@ void ssd_scan(Face& face, View x, View dt, View A_log, View Bm, View Cm, View D,
   launch(check, face, p, cpu::kernels().ssd_scan, nullptr);
 }
 
-void mamba_block(Face& face, View zxbcdt, View conv_weight, View conv_bias, View A_log, View D, View dt_bias,
-                 View norm_weight, View conv_state, View ssm_state, int64_t heads, int64_t groups, int64_t state_size,
-                 double eps, bool update_state) {
-  Check check("mamba_block", "zxbcdt", zxbcdt);
+namespace {
+
+// The arguments that mamba_block and its gradient have in common, checked; outputs are left out.
+MambaBlockParams check_mamba_block(const Check& check, View zxbcdt, View conv_weight, View conv_bias, View A_log,
+                                   View D, View dt_bias, View norm_weight, View conv_state, View ssm_state,
+                                   int64_t heads, int64_t groups, int64_t state_size, double eps) {
   Dim B{"batch"}, L{"rows"}, width{"2*d_inner + 2*groups*state_size + heads"};
   check.floating(zxbcdt, {&B, &L, &width});
   check.require(heads >= 1, "heads", "be at least 1", heads);
@@ -83,35 +85,68 @@ void mamba_block(Face& face, View zxbcdt, View conv_weight, View conv_bias, View
   if (ssm_state) check.accumulator("ssm_state", ssm_state, {&B, &H, &P, &N});
   check.require(eps >= 0, "eps", "be a non-negative number", eps);
 
-  const TensorView out = face.output(0, zxbcdt.dtype, zxbcdt.device, {B, L, d_inner});
-  TensorView new_conv_state, new_ssm_state;
+  return {.dtype = zxbcdt.dtype,
+          .eps = eps,
+          .B = B,
+          .L = L,
+          .H = H,
+          .P = P,
+          .G = groups,
+          .N = N,
+          .K = K,
+          .zxbcdt = rows<2>(zxbcdt),
+          .conv_weight = rows<1>(conv_weight),
+          .conv_bias = rows<0>(conv_bias),
+          .A_log = rows<0>(A_log),
+          .D = rows<0>(D),
+          .dt_bias = rows<0>(dt_bias),
+          .norm_weight = rows<0>(norm_weight),
+          .conv_state = rows<2>(conv_state),
+          .ssm_state = rows<3>(ssm_state),
+          .out = {},
+          .new_conv_state = {},
+          .new_ssm_state = {}};
+}
+
+}  // namespace
+
+void mamba_block(Face& face, View zxbcdt, View conv_weight, View conv_bias, View A_log, View D, View dt_bias,
+                 View norm_weight, View conv_state, View ssm_state, int64_t heads, int64_t groups, int64_t state_size,
+                 double eps, bool update_state) {
+  Check check("mamba_block", "zxbcdt", zxbcdt);
+  MambaBlockParams p = check_mamba_block(check, zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight,
+                                         conv_state, ssm_state, heads, groups, state_size, eps);
+  p.out = rows<2>(face.output(0, p.dtype, zxbcdt.device, {p.B, p.L, p.H * p.P}));
   if (update_state) {
-    new_conv_state = face.output(1, zxbcdt.dtype, zxbcdt.device, {B, conv_dim, K});
-    new_ssm_state = face.output(2, acc_dtype(zxbcdt.dtype), zxbcdt.device, {B, H, P, N});
+    p.new_conv_state = rows<2>(face.output(1, p.dtype, zxbcdt.device, {p.B, conv_weight.shape[0], p.K}));
+    p.new_ssm_state = rows<3>(face.output(2, acc_dtype(p.dtype), zxbcdt.device, {p.B, p.H, p.P, p.N}));
   }
-  if (B == 0 || (L == 0 && !update_state)) return;
-  const MambaBlockParams p{.dtype = zxbcdt.dtype,
-                           .eps = eps,
-                           .B = B,
-                           .L = L,
-                           .H = H,
-                           .P = P,
-                           .G = groups,
-                           .N = N,
-                           .K = K,
-                           .zxbcdt = rows<2>(zxbcdt),
-                           .conv_weight = rows<1>(conv_weight),
-                           .conv_bias = rows<0>(conv_bias),
-                           .A_log = rows<0>(A_log),
-                           .D = rows<0>(D),
-                           .dt_bias = rows<0>(dt_bias),
-                           .norm_weight = rows<0>(norm_weight),
-                           .conv_state = rows<2>(conv_state),
-                           .ssm_state = rows<3>(ssm_state),
-                           .out = rows<2>(out),
-                           .new_conv_state = rows<2>(new_conv_state),
-                           .new_ssm_state = rows<3>(new_ssm_state)};
+  if (p.B == 0 || (p.L == 0 && !update_state)) return;
   launch(check, face, p, cpu::kernels().mamba_block, nullptr);
+}
+
+void mamba_block_backward(Face& face, View grad, View zxbcdt, View conv_weight, View conv_bias, View A_log, View D,
+                          View dt_bias, View norm_weight, View conv_state, View ssm_state, int64_t heads,
+                          int64_t groups, int64_t state_size, double eps) {
+  Check check("mamba_block", "zxbcdt", zxbcdt);
+  MambaBackwardParams p{.block = check_mamba_block(check, zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias,
+                                                   norm_weight, conv_state, ssm_state, heads, groups, state_size, eps),
+                        .grad = rows<2>(grad),
+                        .by_zxbcdt = {},
+                        .by_conv = {},
+                        .by_heads = {},
+                        .by_norm = {}};
+  const MambaBlockParams& block = p.block;
+  Dim B{"batch", block.B}, L{"rows", block.L}, d_inner{"d_inner", block.H * block.P};
+  check.like("grad", grad, {&B, &L, &d_inner});
+  check.require(block.L <= kMambaBackwardRows, "zxbcdt", "have at most 16 rows for this gradient", block.L);
+  const DType acc = acc_dtype(block.dtype);
+  p.by_zxbcdt = rows<2>(face.output(0, block.dtype, zxbcdt.device, {block.B, block.L, zxbcdt.shape[2]}));
+  p.by_conv = rows<2>(face.output(1, acc, zxbcdt.device, {block.B, block.K + 1, conv_weight.shape[0]}));
+  p.by_heads = rows<2>(face.output(2, acc, zxbcdt.device, {block.B, 3, block.H}));
+  p.by_norm = rows<1>(face.output(3, acc, zxbcdt.device, {block.B, block.H * block.P}));
+  if (block.B == 0) return;
+  launch(check, face, p, cpu::kernels().mamba_block_backward, nullptr);
 }
 
 }  // namespace twotower::ops

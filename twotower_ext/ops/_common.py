@@ -85,14 +85,14 @@ def register_fake(name: str, axes: dict[str, str], fake: Callable[..., Any]) -> 
 def register_gradient(
     name: str,
     formula: Callable[..., Any] | None,
-    cpu_derivative: Callable[..., tuple[Tensor | None, ...]] | None = None,
+    cpu_derivative: Callable[..., tuple[Tensor | None, ...] | None] | None = None,
 ) -> None:
     """Registers the gradient of `twotower::name`.
 
     formula: takes the schema's arguments; the backward pass runs it again under autograd. None: the op decides
     discretely and has no gradient.
     cpu_derivative: what the backward pass runs on the CPU instead: takes the outputs' gradients and then the schema's
-    arguments, and returns a gradient (or None) for each argument.
+    arguments, and returns a gradient (or None) for each argument, or None altogether to leave it to the formula.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -106,7 +106,9 @@ def register_gradient(
             raise RuntimeError(f"{name}: second derivatives are not implemented")
         inputs = [c if t is None else t for t, c in zip(ctx.saved_tensors, ctx.constants, strict=True)]
         if cpu_derivative is not None and inputs[0].device.type == "cpu":
-            return cpu_derivative(*grads, *inputs)
+            found = cpu_derivative(*grads, *inputs)
+            if found is not None:
+                return found
         return _recomputed(formula, inputs, ctx.needs_input_grad, grads)
 
     torch.library.register_autograd(f"twotower::{name}", backward, setup_context=setup_context)

@@ -61,14 +61,28 @@ def _block_attention_formula(*args):
     return reference.block_attention(*tensors, causal=causal, scale=scale, attend=_gradients.attend)
 
 
-register_fake(
-    "block_attention",
+_BLOCK_ATTENTION_AXES = (
     {"q": "batch _ rows width", "context_lengths": "batch"}
     | dict.fromkeys(("k", "v"), "batch kv_heads rows width")
-    | dict.fromkeys(("context_k", "context_v"), "batch kv_heads context width"),
-    lambda q, *rest: empty(q, q.shape),
+    | dict.fromkeys(("context_k", "context_v"), "batch kv_heads context width")
 )
-register_gradient("block_attention", _block_attention_formula)
+
+register_fake("block_attention", _BLOCK_ATTENTION_AXES, lambda q, *rest: empty(q, q.shape))
+
+
+def _block_attention_derivative(grad, q, k, v, context_k, context_v, *rest):
+    if any(t is not None and t.requires_grad for t in (context_k, context_v)):
+        return None
+    by_rows = torch.ops.twotower._block_attention_backward(grad, q, k, v, context_k, context_v, *rest)
+    return *by_rows, *[None] * 5
+
+
+register_fake(
+    "_block_attention_backward",
+    {"grad": "batch _ rows width"} | _BLOCK_ATTENTION_AXES,
+    lambda grad, q, k, v, *rest: tuple(empty(t, t.shape) for t in (q, k, v)),
+)
+register_gradient("block_attention", _block_attention_formula, _block_attention_derivative)
 
 
 def two_stream_attention(

@@ -174,17 +174,46 @@ def _mamba_block_formula(
     )  # fmt: skip
 
 
+_MAMBA_BLOCK_AXES = {
+    "zxbcdt": "batch rows _",
+    "conv_weight": "conv_dim taps",
+    "conv_bias": "conv_dim",
+    "norm_weight": "d_inner",
+    "conv_state": "batch conv_dim taps",
+    "ssm_state": "batch heads _ _",
+} | dict.fromkeys(("A_log", "D", "dt_bias"), "heads")
+
+register_fake("mamba_block", _MAMBA_BLOCK_AXES, _mamba_block_fake)
+
+MOST_ROWS_OF_DERIVATIVE = 16
+"""Rows of a block whose gradient is one kernel on the CPU."""
+
+
+def _mamba_block_derivative(grad, grad_conv, grad_ssm, zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, *rest):
+    norm_weight, conv_state, ssm_state, heads, groups, state_size, eps, _ = rest
+    states_matter = any(t is not None and t.requires_grad for t in (conv_state, ssm_state))
+    if grad is None or grad_conv is not None or grad_ssm is not None or states_matter:
+        return None
+    if zxbcdt.shape[1] > MOST_ROWS_OF_DERIVATIVE:
+        return None
+    by_zxbcdt, by_conv, by_heads, by_norm = torch.ops.twotower._mamba_block_backward(
+        grad, zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, conv_state, ssm_state, heads, groups,
+        state_size, eps,
+    )  # fmt: skip
+    *by_taps, by_bias = by_conv.sum(0).to(zxbcdt.dtype)
+    by_bias = None if conv_bias is None else by_bias
+    by_norm = by_norm.sum(0).to(zxbcdt.dtype)
+    return by_zxbcdt, torch.stack(by_taps, dim=1), by_bias, *by_heads.sum(0), by_norm, *[None] * 7
+
+
 register_fake(
-    "mamba_block",
-    {
-        "zxbcdt": "batch rows _",
-        "conv_weight": "conv_dim taps",
-        "conv_bias": "conv_dim",
-        "norm_weight": "d_inner",
-        "conv_state": "batch conv_dim taps",
-        "ssm_state": "batch heads _ _",
-    }
-    | dict.fromkeys(("A_log", "D", "dt_bias"), "heads"),
-    _mamba_block_fake,
+    "_mamba_block_backward",
+    {"grad": "batch rows d_inner"} | _MAMBA_BLOCK_AXES,
+    lambda grad, zxbcdt, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, *rest: (
+        empty(zxbcdt, zxbcdt.shape),
+        empty(zxbcdt, (len(zxbcdt), conv_weight.shape[1] + 1, conv_weight.shape[0]), acc_dtype(zxbcdt)),
+        empty(zxbcdt, (len(zxbcdt), 3, len(A_log)), acc_dtype(zxbcdt)),
+        empty(zxbcdt, (len(zxbcdt), len(norm_weight)), acc_dtype(zxbcdt)),
+    ),
 )
-register_gradient("mamba_block", _mamba_block_formula)
+register_gradient("mamba_block", _mamba_block_formula, _mamba_block_derivative)
