@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_training import TINY
+from tiny_model import TINY
 from twotower import cli
 from twotower.train import read_log
 from twotower_ext.benchmarks import plots
@@ -58,7 +58,7 @@ def test_without_matplotlib_there_is_a_note_and_no_picture(tmp_path, config, cap
     ("options", "message"),
     [
         (["--steps", "0"], "train: steps must be an int in [1, 2**31), got 0"),
-        (["--length", "40"], "train: length must be a multiple of the block, 16, got 40"),
+        (["--length", "40"], "train: length must be at least two blocks of 16 and whole, got 40"),
         (["--learning-rate", "-1"], "train: learning_rate must be a positive number, got -1.0"),
         (["--phase", "both parts"], "invalid choice: 'both parts'"),
         (["--config", "nowhere/config.json"], "nowhere/config.json: no such file"),

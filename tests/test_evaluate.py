@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import twotower
-from test_training import tiny_model
+from tiny_model import tiny_model
 from twotower import data, evaluate, pictures
 from twotower.evaluate import ABLATIONS, Setting
 from twotower.state import State

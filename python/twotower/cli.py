@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--phase", choices=("both", "backbone", "denoiser"), default="both", help="default: %(default)s")
     train.add_argument("--config", type=Path, default=DEMO / "config.json", help="architecture (default: the demo's)")
-    _add_number(train, "--steps", integer, 9000, "of each phase")
-    _add_number(train, "--rows", integer, 8, "sequences a step")
-    _add_number(train, "--length", integer, 256, "tokens a sequence")
-    _add_number(train, "--learning-rate", number, 3e-3, "the highest")
-    _add_number(train, "--text-share", number, 0.25, "of the sequences are documentation, the others problems")
+    _add_number(train, "--steps", integer, None, "of each phase (default, as of the next four: the demo's)")
+    _add_number(train, "--rows", integer, None, "sequences a step")
+    _add_number(train, "--length", integer, None, "tokens a sequence")
+    _add_number(train, "--learning-rate", number, None, "the highest")
+    _add_number(train, "--text-share", number, None, "of the sequences are documentation, the others problems")
     _add_number(train, "--seed", integer, 0, "of weights, data and noise")
     _add_device(train)
     train.set_defaults(run=_train)
@@ -169,13 +170,14 @@ def _default_device() -> str:
 def _train(arguments: argparse.Namespace) -> int:
     from twotower import pictures
     from twotower.config import Config
-    from twotower.train import LOG, PHASES, Recipe, read_log, train
+    from twotower.train import LOG, PHASES, RECIPES, read_log, train
 
     phases = PHASES if arguments.phase == "both" else (arguments.phase,)
     names = ("steps", "rows", "length", "learning_rate", "text_share", "seed")
-    recipe = Recipe(**{name: getattr(arguments, name) for name in names})
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    recipes = {phase: replace(RECIPES[phase], **given) for phase in phases}
     config = Config.from_json(arguments.config)
-    train(config, dict.fromkeys(phases, recipe), arguments.out, device=arguments.device or _default_device())
+    train(config, recipes, arguments.out, device=arguments.device or _default_device())
     _draw(lambda: pictures.training(read_log(arguments.out), arguments.out / "training.svg"))
     print(f"{arguments.out}: checkpoint, tokenizer.json, {LOG}")
     return 0

@@ -22,10 +22,6 @@ VOCAB_SIZE = FIRST_BYTE + 256
 BLOCK_SIZE = 16
 """Tokens that the denoiser learns to fill together."""
 
-ALIGNED_SHARE = 0.8
-"""Answers that begin with a block, as they do when they are generated; the others begin anywhere in one."""
-
-
 LEAST_PASSAGE = 128
 """Characters of a held-out passage."""
 
@@ -178,9 +174,9 @@ def batch(
     """The sequences of a step, (rows, length) int64, and whether each token is to be learned, (rows, length) bool: pure
     functions of the arguments.
 
-    A sequence is a stretch of documentation with probability text_share, else problems one after the other, each padded
-    to the end of its last block, so that what follows an <eos> in its block can be predicted. Prompts and the padding
-    before them are given, and not to be learned.
+    A sequence is a stretch of documentation with probability text_share, else problems one after the other, padded so
+    that every answer begins with a block, as in decoding, and ends with one: what follows an <eos> in its block can be
+    predicted. Prompts and the padding before them are given, and not to be learned.
     """
     random = Random(f"{seed}/{step}")
     kinds = (_text if random.random() < text_share else _problems for _ in range(rows))
@@ -206,7 +202,7 @@ def _problems(random: Random, held_out: bool) -> Iterator[tuple[int, bool]]:
     while True:
         drawn = problem(random, held_out=held_out)
         prompt, answer = [BOS, *encode(drawn.prompt)], [*encode(drawn.answer), EOS]
-        lead = -len(prompt) % BLOCK_SIZE if random.random() < ALIGNED_SHARE else random.randrange(BLOCK_SIZE)
+        lead = -len(prompt) % BLOCK_SIZE
         answer += [PAD] * (-(lead + len(prompt) + len(answer)) % BLOCK_SIZE)
         yield from ((token, False) for token in [PAD] * lead + prompt)
         yield from ((token, True) for token in answer)

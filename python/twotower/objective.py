@@ -10,6 +10,7 @@ from torch import Tensor
 
 from twotower.data import BLOCK_SIZE, MASK, PAD
 from twotower.layers import MambaLayer, MoELayer
+from twotower.state import State
 from twotower.towers import TwoTowerModel
 
 MOCK_AR_EVERY = 4
@@ -73,6 +74,11 @@ def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
 
 
+def nothing_to_learn(tokens: Tensor) -> Tensor:
+    """The loss of tokens none of which is learned: 0, without a gradient."""
+    return torch.zeros((), device=tokens.device)
+
+
 def next_token_loss(logits: Tensor, tokens: Tensor, learned: Tensor) -> Tensor:
     """Mean negative log-likelihood of tokens (B, S), where `learned` (B, S), by logits (B, S, V) one position before.
 
@@ -88,36 +94,66 @@ def backbone_loss(model: TwoTowerModel, tokens: Tensor, learned: Tensor) -> Tens
     return next_token_loss(model.context.logits(hidden), tokens, learned)
 
 
-def mask_blocks(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Blocks of tokens (B, S) with some positions masked: ((B n, L) blocks, (B n,) masked fractions t).
+def mask_blocks(blocks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Each block (B, L) twice, with some positions masked: ((2 B, L) blocks, (2 B,) masked fractions t).
 
-    Every number of masked positions, 1 to L, is as likely: t is uniform, and exactly what decoding would call it.
+    Every number of masked positions, 1 to L, is as likely: t is uniform, and exactly what decoding would call it. What
+    one half leaves, and one position more, is masked in the other.
     """
-    blocks = tokens.view(-1, BLOCK_SIZE)
     count = torch.randint(1, BLOCK_SIZE + 1, (len(blocks),), generator=generator)
     order = torch.rand(blocks.shape, generator=generator).argsort(1).argsort(1)
-    masked = (order < count[:, None]).to(tokens.device)
-    return blocks.masked_fill(masked, MASK), count.to(tokens.device) / BLOCK_SIZE
+    masked = torch.cat([order < count[:, None], order >= count[:, None] - 1]).to(blocks.device)
+    t = torch.cat([count, BLOCK_SIZE + 1 - count]).to(blocks.device) / BLOCK_SIZE
+    return blocks.repeat(2, 1).masked_fill(masked, MASK), t
 
 
 def denoising_loss(model: TwoTowerModel, tokens: Tensor, learned: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean negative log-likelihood of masked tokens, all blocks of tokens (B, S) denoised at once, each from the
-    context tower's state before it.
+    """Mean negative log-likelihood of masked tokens of the blocks of tokens (B, S) in which something is learned, all
+    denoised at once, each from the context tower's state before it.
+
+    The first block only leads to the others: decoding, too, follows a prompt.
     """
-    with torch.no_grad():
-        state = model.states_before_blocks(tokens, BLOCK_SIZE)
-    blocks, t = mask_blocks(tokens, generator)
-    logits = model.denoise(state, blocks, t)
-    asked = (blocks == MASK) & learned.view_as(blocks)
-    return mean_loss(logits[asked], tokens.view_as(blocks)[asked])
+    blocks, learned = (rows[:, BLOCK_SIZE:].reshape(-1, BLOCK_SIZE) for rows in (tokens, learned))
+    rows = learned.any(1).nonzero().flatten()
+    if not len(rows):
+        return nothing_to_learn(tokens)
+    state = states_before_blocks(model, tokens, rows.tolist() * 2)
+    targets, learned = blocks[rows].repeat(2, 1), learned[rows].repeat(2, 1)
+    noisy, t = mask_blocks(blocks[rows], generator)
+    logits = model.denoise(state, noisy, t)
+    asked = (noisy == MASK) & learned
+    return mean_loss(logits[asked], targets[asked])
+
+
+@torch.no_grad()
+def states_before_blocks(model: TwoTowerModel, tokens: Tensor, blocks: list[int]) -> State:
+    """The context tower's states before those blocks of tokens (B, S), counted without the first of every row, in which
+    it starts behind the padding: like decoding, it never sees any before a prompt.
+    """
+    first, lead = tokens[:, :BLOCK_SIZE].tolist(), leading_padding(tokens).tolist()
+    _, state = model.prefill([row[start:] for row, start in zip(first, lead, strict=True)], last_only=True)
+    return model.states_before_blocks(tokens[:, BLOCK_SIZE:], BLOCK_SIZE, state, blocks)
+
+
+def leading_padding(tokens: Tensor) -> Tensor:
+    """How many tokens of each row of (B, S) come before the first that is no padding: (B,) int64."""
+    return (tokens == PAD).long().cumprod(1).sum(1)
 
 
 def mock_ar_loss(model: TwoTowerModel, tokens: Tensor, learned: Tensor) -> Tensor:
-    """The denoiser's next-token loss, each token alone and without time conditioning: what mode "mock_ar" asks."""
+    """The denoiser's next-token loss, each token alone and without time conditioning: what mode "mock_ar" asks.
+
+    tokens and learned: (1, S).
+    """
+    lead = int(leading_padding(tokens))
+    tokens, learned = tokens[:, lead:], learned[:, lead:]
+    asked = (learned & (tokens != PAD))[0, 1:].nonzero().flatten()  # predicted from the token at the same index
+    if not len(asked):
+        return nothing_to_learn(tokens)
     with torch.no_grad():
-        state = model.states_before_blocks(tokens, 1)
-    logits = model.denoise(state, tokens.reshape(-1, 1), None)
-    return next_token_loss(logits.view(*tokens.shape, -1), tokens, learned)
+        state = model.states_before_blocks(tokens, 1, blocks=asked.tolist())
+    logits = model.denoise(state, tokens[0, asked, None], None)
+    return mean_loss(logits[:, 0], tokens[0, 1:][asked])
 
 
 def denoiser_loss(model: TwoTowerModel, tokens: Tensor, learned: Tensor, seed: int, step: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -84,18 +84,21 @@ class State:
         return State(self.lengths.to(device), layers)
 
     def select(self, rows: Sequence[int]) -> State:
-        """The given rows in the given order; itself for all in order. Keys shrink to the longest row left."""
-        if list(rows) == list(range(self.batch_size)):
+        """The given rows in the given order; itself for all in order. Keys shrink to the longest row left, and where
+        blocks of a sequence share them, each block gets its own.
+        """
+        shared = any(layer.block_size for layer in self.layers)
+        if not shared and list(rows) == list(range(self.batch_size)):
             return self
         index = torch.tensor(rows, device=self.device, dtype=torch.long)
         lengths = self.lengths[index]
         longest = int(lengths.max()) if len(rows) else 0
 
         def pick(layer: LayerState) -> LayerState:
-            picked = layer.map(lambda tensor: tensor[index])
-            if picked.k is None or picked.v is None:
-                return picked
-            return LayerState(k=picked.k[:, :, :longest].contiguous(), v=picked.v[:, :, :longest].contiguous())
+            if layer.k is None or layer.v is None:
+                return replace(layer.map(lambda tensor: tensor[index]), block_size=0)
+            owner = index // (self.batch_size // layer.k.shape[0])  # the sequence of a block
+            return LayerState(k=layer.k[owner, :, :longest].contiguous(), v=layer.v[owner, :, :longest].contiguous())
 
         return State(lengths, tuple(pick(layer) for layer in self.layers))
 

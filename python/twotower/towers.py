@@ -241,12 +241,15 @@ class TwoTowerModel(nn.Module):
         self._check_ids("extend", "token_ids", token_ids, self.context_device, state.batch_size)
         return self.context.run(token_ids, state, causal=True, observe=observe)
 
-    def states_before_blocks(self, token_ids: Tensor, block_size: int) -> State:
+    def states_before_blocks(
+        self, token_ids: Tensor, block_size: int, state: State | None = None, blocks: Sequence[int] | None = None
+    ) -> State:
         """What a denoiser in training starts from: the context tower's states before every block of whole sequences.
 
-        token_ids (B, S) int64 or int32 on the context device, S a multiple of block_size = L. With n = S / L, the
-        state has B n rows, block by block: `denoise(state, blocks, t)` then takes blocks (B n, L) and t (B n,), and
-        every block sees the context of the blocks before it (the two-stream mask of arXiv 2503.09573).
+        token_ids (B, S) int64 or int32 on the context device, S a multiple of block_size = L, continuing from `state`
+        (None: from nothing). With n = S / L, the result has B n rows, block by block: `denoise(state, blocks, t)` then
+        takes blocks (B n, L) and t (B n,), and every block sees the context of the blocks before it (the two-stream
+        mask of arXiv 2503.09573). blocks: the rows that are wanted, in their order, if not all.
         """
         self._check_ids("states_before_blocks", "token_ids", token_ids, self.context_device, None)
         batch, length = token_ids.shape
@@ -254,11 +257,17 @@ class TwoTowerModel(nn.Module):
             raise ValueError(
                 f"states_before_blocks: block_size must be an int that divides the length {length}, got {block_size!r}"
             )
-        empty = self.empty_state(batch)
-        marked = State(empty.lengths, tuple(replace(layer, block_size=block_size) for layer in empty.layers))
-        _, state = self.context.run(token_ids, marked, causal=True)
+        before = self.empty_state(batch) if state is None else state
+        self._check_state("states_before_blocks", before)
+        if before.batch_size != batch:
+            raise ValueError(f"states_before_blocks: state must have {batch} rows, got {before.batch_size}")
+        marked = State(before.lengths, tuple(replace(layer, block_size=block_size) for layer in before.layers))
+        _, after = self.context.run(token_ids, marked, causal=True)
         starts = torch.arange(0, length, block_size, device=self.context_device, dtype=torch.int32)
-        return State(starts.repeat(batch), state.layers)
+        every = State((before.lengths[:, None] + starts).flatten(), after.layers)
+        if state is None and blocks is None:
+            return every
+        return every.select(range(every.batch_size) if blocks is None else blocks)
 
     def denoise(self, state: State, block_ids: Tensor, t: Tensor | None) -> Tensor:
         """Runs the denoiser over a block that follows `state`: its rows see the whole block and all the context.

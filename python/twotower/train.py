@@ -54,8 +54,8 @@ class Recipe:
                 raise TypeError(f"train: {name} must be an int, got {value!r}")
             if not least <= value <= INT32:
                 raise ValueError(f"train: {name} must be an int in [{least}, 2**31), got {value}")
-        if self.length % BLOCK_SIZE:
-            raise ValueError(f"train: length must be a multiple of the block, {BLOCK_SIZE}, got {self.length}")
+        if self.length % BLOCK_SIZE or self.length < 2 * BLOCK_SIZE:
+            raise ValueError(f"train: length must be at least two blocks of {BLOCK_SIZE} and whole, got {self.length}")
         for name in ("learning_rate", "clip", "weight_decay", "text_share"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -68,6 +68,14 @@ class Recipe:
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         return self.learning_rate * min((step + 1) / self.warmup, (self.steps - step) / self.steps)
+
+
+RECIPES = {
+    BACKBONE: Recipe(steps=9000),
+    # Sequences of one or two problems: most have one behind the start, as in decoding.
+    DENOISER: Recipe(steps=12000, rows=24, length=112, learning_rate=2e-3, text_share=0.05),
+}
+"""How the demo model is trained."""
 
 
 def train(
@@ -172,7 +180,8 @@ class Run:
             group["lr"] = self.recipe.rate(self.step)
         tokens, learned = self._batch(self.step)
         loss = self._loss(tokens, learned, self.step)
-        loss.backward()
+        if loss.requires_grad:  # there was something to learn
+            loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
         values = loss.item(), norm.item()
         if not all(map(math.isfinite, values)):
