@@ -96,12 +96,12 @@ def _reverse(random: Random) -> tuple[str, str]:
 
 
 def _letters(random: Random) -> str:
-    return "".join(random.sample(ascii_lowercase, random.randint(4, 20)))
+    return "".join(random.sample(ascii_lowercase, random.randint(4, 8)))
 
 
 def _close(random: Random) -> tuple[str, str]:
     """What closes all open brackets."""
-    pairs, target = {"(": ")", "[": "]", "{": "}", "<": ">"}, random.randint(3, 20)
+    pairs, target = {"(": ")", "[": "]", "{": "}", "<": ">"}, random.randint(3, 8)
     text, waiting = "", ""
     while len(waiting) < target:
         if waiting and random.random() < 0.3:
