@@ -72,10 +72,12 @@ def test_published_accuracies(published):
 
 
 def test_published_ablations_hurt(published):
-    usual = evaluate.find(published, DIFFUSION)["accuracy_overall"]
-    for setting in ABLATIONS:
-        if setting.ablation != "constant t":  # reported, whatever it shows
-            assert evaluate.find(published, setting)["accuracy_overall"] < usual - 0.02, setting
+    """Constant t is reported, whatever it shows; causal attention within the block hurts where a block is prose."""
+    usual = evaluate.find(published, DIFFUSION)
+    causal = evaluate.find(published, replace(DIFFUSION, ablation="causal block attention"))
+    assert causal["text_bits"] > usual["text_bits"] + 0.3
+    for setting in (replace(DIFFUSION, ablation="no state seeding"), replace(DIFFUSION, steps=1)):
+        assert evaluate.find(published, setting)["accuracy_overall"] < usual["accuracy_overall"] - 0.1, setting
 
 
 def test_published_block_sizes_beyond_the_trained_one_hurt(published):

@@ -124,7 +124,7 @@ def test_a_batch_can_be_learned_by_heart(phase: str):
     model = TwoTowerModel(replace(TINY, hidden_size=48))
     objective.initialize_backbone(model, 0)
     objective.initialize_denoiser(model, 0)
-    tokens, learned = data.batch(0, 2, 2, 64)
+    tokens, learned = data.batch(0, 3, 2, 64)
     optimizer = torch.optim.AdamW(trained_parameters(model, phase), lr=0.01, weight_decay=0.0)
     first = last = 0.0
     for step in range(250):

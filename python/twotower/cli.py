@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--phase", choices=("both", "backbone", "denoiser"), default="both", help="default: %(default)s")
     train.add_argument("--config", type=Path, default=DEMO / "config.json", help="architecture (default: the demo's)")
-    _add_number(train, "--steps", integer, None, "of each phase (default, as of the next four: the demo's)")
+    _add_number(train, "--steps", integer, None, "of each phase; this and the next four are the demo's unless given")
     _add_number(train, "--rows", integer, None, "sequences a step")
     _add_number(train, "--length", integer, None, "tokens a sequence")
     _add_number(train, "--learning-rate", number, None, "the highest")
@@ -123,10 +123,11 @@ class _Version(argparse.Action):
 
 
 def _add_number(
-    parser: argparse.ArgumentParser, name: str, kind: Callable[[str], float], default: float, meaning: str
+    parser: argparse.ArgumentParser, name: str, kind: Callable[[str], float], default: float | None, meaning: str
 ) -> None:
     metavar = "N" if kind is integer else "X"
-    parser.add_argument(name, metavar=metavar, type=kind, default=default, help=f"{meaning} (default: {default})")
+    ending = "" if default is None else f" (default: {default})"
+    parser.add_argument(name, metavar=metavar, type=kind, default=default, help=meaning + ending)
 
 
 def _token_ids(text: str) -> list[int]:
