@@ -68,7 +68,7 @@ def test_published_accuracies(published):
     assert ar["accuracy_overall"] >= 0.8
     kept = [evaluate.find(published, replace(DIFFUSION, threshold=threshold)) for threshold in (0.8, 0.9)]
     assert any(r["accuracy_overall"] >= 0.97 * ar["accuracy_overall"] and r["tokens_per_nfe"] >= 2.0 for r in kept)
-    assert evaluate.find(published, MOCK_AR)["accuracy_overall"] >= 0.75 * ar["accuracy_overall"]
+    assert evaluate.find(published, MOCK_AR)["accuracy_overall"] >= 0.9 * ar["accuracy_overall"]
 
 
 def test_published_ablations_hurt(published):
@@ -83,7 +83,7 @@ def test_published_ablations_hurt(published):
 def test_published_block_sizes_beyond_the_trained_one_hurt(published):
     """Most where answers are longer than a trained block: in running totals."""
     usual, large = (evaluate.find(published, s) for s in (DIFFUSION, replace(DIFFUSION, block_size=32, steps=32)))
-    assert large["accuracy_overall"] < usual["accuracy_overall"] - 0.02
+    assert large["accuracy_overall"] <= usual["accuracy_overall"] - 0.03 + 1e-9
     assert large["accuracy"]["sum"] < usual["accuracy"]["sum"] - 0.1
     assert large["text_bits"] > usual["text_bits"]
 

@@ -259,7 +259,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         run._advance()
 
 
-def test_a_step_without_anything_to_learn_changes_nothing_much(tmp_path, monkeypatch):
+def test_a_step_without_anything_to_learn_changes_no_weight(tmp_path, monkeypatch):
     """Short sequences may hold nothing but prompts."""
     run = Run(TwoTowerModel(TINY), DENOISER, RECIPE, tmp_path)
     monkeypatch.setattr(run, "_batch", lambda step: (torch.full((2, 64), 5), torch.zeros(2, 64, dtype=torch.bool)))
