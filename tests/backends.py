@@ -18,10 +18,14 @@ from twotower_ext.registry import OPS
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run the kernels; `policy` is the emulator's (schedule, arrival of asynchronous copies)."""
+    """One way to run the kernels.
+
+    `policy` is the emulator's (schedule, arrival of asynchronous copies), `architecture` the GPU that it plays, as 80.
+    """
 
     device: str
     policy: tuple[str, str] | None = None
+    architecture: int = 80
 
     @contextmanager
     def active(self, seed: int = 1) -> Iterator[None]:
@@ -31,6 +35,7 @@ class Backend:
             return
         before = dict(os.environ)
         os.environ |= {"SIMT_SCHEDULE": self.policy[0], "SIMT_ASYNC": self.policy[1], "SIMT_SEED": str(seed)}
+        os.environ["SIMT_ARCH"] = str(self.architecture)
         try:
             with emulation.emulated():
                 yield
@@ -61,17 +66,30 @@ def to_host(result: Tensor | None) -> Tensor | None:
     return None if result is None else result.cpu()
 
 
-def _parameters() -> list:
+def _parameters(name: str, architecture: int, gpu: list) -> list:
     reason = emulation.missing(emulation.variant())
     skip = [pytest.mark.skip(reason=f"no emulation: {reason}")] if reason else []
     emulated = [
-        pytest.param(Backend("cpu", policy), id=f"emulated-{'-'.join(policy)}", marks=[pytest.mark.emulated, *skip])
+        pytest.param(
+            Backend("cpu", policy, architecture),
+            id=f"{name}-{'-'.join(policy)}",
+            marks=[pytest.mark.emulated, *skip],
+        )
         for policy in emulation.POLICIES
     ]
-    return [*emulated, pytest.param(Backend("cuda"), id="cuda", marks=pytest.mark.gpu)]
+    return [*emulated, pytest.param(Backend("cuda"), id="cuda", marks=[pytest.mark.gpu, *gpu])]
 
 
-BACKENDS = _parameters()
+def _is_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+BACKENDS = _parameters("emulated", 80, [])
+# For what only Hopper has.
+HOPPER_BACKENDS = _parameters(
+    "hopper", 90, [pytest.mark.skipif(not _is_hopper(), reason="the GPU's architecture is not sm_90")]
+)
+EVERY_ARCHITECTURE = [*BACKENDS, *HOPPER_BACKENDS[:-1]]  # a GPU is what it is
 KERNELS = [name for name, row in OPS.items() if row.cuda]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import emulation
 import pytest
 import torch
-from backends import BACKENDS, Backend
+from backends import BACKENDS, HOPPER_BACKENDS, Backend
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +21,7 @@ HEADERS = [*(ROOT / "tests" / "primitives").glob("*.h"), *(ROOT / "csrc" / "simt
 GPU_LIBRARY = ROOT / "build" / "primitives.so"
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_hopper = pytest.mark.parametrize("backend", HOPPER_BACKENDS)
 
 
 def run(backend: Backend, name: str, given: Tensor, out: Tensor, n: int | None = None) -> Tensor:
@@ -58,6 +59,12 @@ def nvcc() -> str:
     return found
 
 
+def _architecture() -> str:
+    major, minor = torch.cuda.get_device_capability()
+    suffix = "a" if (major, minor) == (9, 0) else ""  # what Hopper adds is in sm_90a alone
+    return f"-gencode=arch=compute_{major}{minor}{suffix},code=sm_{major}{minor}{suffix}"
+
+
 @cache
 def _built_for_the_gpu() -> tuple[Path, str]:
     """The library, and what the compiler says where it refuses: asked once, not by every test."""
@@ -65,7 +72,7 @@ def _built_for_the_gpu() -> tuple[Path, str]:
     if not GPU_LIBRARY.exists() or GPU_LIBRARY.stat().st_mtime < newest:
         GPU_LIBRARY.parent.mkdir(exist_ok=True)
         command = [
-            nvcc(), "-std=c++20", "-arch=native", "-lineinfo", "--threads", "0", "-shared", "--cudart", "static",
+            nvcc(), "-std=c++20", _architecture(), "-lineinfo", "--threads", "0", "-shared", "--cudart", "static",
             "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "-o", GPU_LIBRARY, *SOURCES,
         ]  # fmt: skip  # with line numbers, so that compute-sanitizer names the line
         built = subprocess.run(command, capture_output=True, text=True)

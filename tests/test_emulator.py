@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(bool(emulation.missing(emulation.variant())), reason="no emulation here"),
 ]
-LINE = r"wrong_kernels\.cu:\d+"
+LINE = r"wrong_kernels(?:_sm90)?\.cu:\d+"
 # What every build finds.
 ALWAYS = {
     "barrier_for_some": rf"DEADLOCK: .*\n    block 0: block_sync \(32 of 64 threads arrived\), {LINE}: threads 0-31"
@@ -28,6 +28,21 @@ ALWAYS = {
     "too_little_shared": "dynamic_shared: 1024 bytes are wanted, the launch gave 1023",
     "address_of_global": rf"shared_address of a pointer that is not shared memory \({LINE}\)",
     "too_many_coresident": "more blocks than coresident_blocks",
+    "arrival_is_missing": rf"Barrier::wait \(phase 0 has 32 of 64 arrivals and lacks 0 bytes\), {LINE}: threads 0-63",
+    "bytes_are_missing": rf"Barrier::wait \(phase 0 has 1 of 1 arrivals and lacks 8192 bytes\), {LINE}: threads 0-63",
+    "bytes_not_expected": "the block ends while a Barrier expects -8192 more bytes|ends with a copy_tile under way",
+    "barrier_not_initialised": rf"Barrier::wait of a Barrier that nobody has initialised \({LINE}\)",
+    "barrier_not_published": rf"copy_tile: its Barrier has not been published .* \({LINE}",
+    "too_many_arrivals": rf"Barrier::arrive: the phase has all of its 2 arrivals \({LINE}\)",
+    "tile_at_an_odd_address": r"copy_tile: shared address \d+ is not 1024-byte aligned",
+    "block_ends_before_its_copy": "the block ends with a copy_tile under way|ends while a Barrier expects -8192 more",
+    "product_without_begin": rf"wgmma outside of a group: wgmma_begin\(\) opens it \({LINE}\)",
+    "product_never_awaited": "the block ends with a wgmma that nobody has waited for",
+    "product_of_other_rows": rf"wgmma: operand a at shared address \d+ is no 16 columns of .* \({LINE}\)",
+    "operands_differ": rf"wgmma: threads of a warpgroup name different operands \({LINE}\)",
+    "refilled_before_the_wait": rf"RACE: copy_tile at {LINE}.* overwrites what the wgmma at {LINE}.* reads",
+    "wrong_parity": r"Barrier::arrive: the phase has all of its 64 arrivals|Barrier::wait \(phase 0 has 0 of 64 ",
+    "three_warps_multiply": rf"wgmma_begin \(96 of 128 threads arrived\), {LINE}: threads 0-95",
 }
 # What the race checker adds: both lines of a race are named.
 RACE = {
@@ -37,8 +52,17 @@ RACE = {
     rf"(write|read) at {LINE}",
     "unwritten_shared": rf"UNINITIALISED: read of static shared byte \d+ at {LINE}, which nothing has written",
     "beyond_shared": rf"OUT OF BOUNDS: write of 4 bytes at shared byte \d+, .* at {LINE}",
-    "copy_not_awaited": rf"RACE: read of dynamic shared byte \d+ at {LINE} comes before the wait for the cp_async at "
-    rf"{LINE}",
+    "copy_not_awaited": rf"RACE: read of dynamic shared byte \d+ at {LINE} comes before the wait for the asynchronous "
+    rf"copy at {LINE}",
+    "tile_not_awaited": rf"RACE: read of dynamic shared byte \d+ at {LINE} (comes before the wait for the asynchronous "
+    rf"copy|is not ordered after the write) at {LINE} < {LINE} by a copy or product of block 0|"
+    rf"UNINITIALISED: read of dynamic shared byte \d+ at {LINE}",
+    "tile_refilled_too_soon": rf"RACE: (asynchronous write of dynamic shared byte \d+ at {LINE} < {LINE} is not "
+    rf"ordered after the read at {LINE} by thread|read of dynamic shared byte \d+ at {LINE} .* by a copy or product)",
+    "product_of_stored": rf"PROXY: the wgmma at {LINE} reads what a thread has stored to shared memory",
+    "one_warp_is_forgotten": rf"RACE: asynchronous write of dynamic shared byte \d+ at {LINE}.* is not ordered after "
+    rf"the read at {LINE} by a copy or product",
+    "barrier_not_known": rf"RACE: read of dynamic shared byte \d+ at {LINE} is not ordered after the write at {LINE}",
     "blocks_write_the_same": rf"RACE: write of global byte 0x[0-9a-f]+ at {LINE} is not ordered after the write at "
     rf"{LINE} by thread 0 of block 0",
     "signal_before_the_barrier": rf"RACE: (read|write) of global byte 0x[0-9a-f]+ at {LINE} is not ordered after the "
@@ -49,7 +73,7 @@ RACE = {
 def report(name: str) -> str:
     wrong = ctypes.CDLL(str(emulation.library())).twotower_wrong
     wrong.restype = ctypes.c_char_p
-    out = torch.zeros(128, dtype=torch.int32)
+    out = torch.zeros(4096 + 128, dtype=torch.int32)
     return wrong(name.encode(), ctypes.c_void_p(out.data_ptr())).decode()
 
 
@@ -65,6 +89,18 @@ def test_reports_of_every_build(name: str):
 def test_reports_of_the_race_checker(name: str):
     text = report(name)
     assert re.search(RACE[name], text), text
+
+
+def test_sums_are_nan_before_the_wait():
+    wrong = ctypes.CDLL(str(emulation.library())).twotower_wrong
+    wrong.restype = ctypes.c_char_p
+    out = torch.zeros(4096 + 128, dtype=torch.int32)
+    assert wrong(b"sums_before_the_wait", ctypes.c_void_p(out.data_ptr())) == b""
+    assert out[4096:].tolist() == [2] * 128
+
+
+def test_a_right_kernel_has_no_report():
+    assert report("refilled_after_the_wait") == ""
 
 
 def test_the_next_launch_is_not_disturbed():

@@ -220,6 +220,21 @@ def test_signal_and_wait_for_among_all_blocks(backend: Backend):
 
 
 @every_backend
+@pytest.mark.parametrize("asked_at_once", [0, 1])
+def test_has_reached(backend: Backend, asked_at_once: int):
+    """Whoever is told that all have written finds what they have written; after a wait all are told."""
+    values = words(BLOCKS, THREADS, low=1, high=2**28)
+    blank_out = torch.zeros(2 + 2 * BLOCKS * THREADS, dtype=torch.int32)
+    out = run(backend, "all_ask_for_all", values, blank_out, asked_at_once)
+    sums = out[2 + BLOCKS * THREADS :].view(BLOCKS, THREADS)
+    told = (sums != 0).all(1)
+    assert out[0] == BLOCKS
+    assert out[1] == told.sum()
+    assert out[1] >= 1 if asked_at_once else out[1] == BLOCKS
+    assert torch.equal(sums, values.sum(0).int() * told[:, None])
+
+
+@every_backend
 def test_signal_and_wait_for_in_turns(backend: Backend):
     values = words(BLOCKS, THREADS, low=0, high=2**24)
     out = run(backend, "turns", values, torch.zeros(1 + THREADS, dtype=torch.int32))
@@ -271,7 +286,7 @@ def test_cp_async_pipeline(backend: Backend, stages: int):
 
 # The tests are whole
 
-HEADERS = {name: (ROOT / "csrc" / "simt" / name).read_text() for name in ("device.h", "tile.h")}
+HEADERS = {name: (ROOT / "csrc" / "simt" / name).read_text() for name in ("device.h", "device_sm90.h", "tile.h")}
 
 
 def names_in(header: str) -> set[str]:
@@ -283,7 +298,8 @@ def names_in(header: str) -> set[str]:
 def test_every_primitive_is_called():
     offered = {name for text in HEADERS.values() for name in names_in(text)}
     assert {"lane", "shuffle", "cp_async_wait", "mma", "dynamic_shared", "SoftmaxSum", "merge", "place", "multiply",
-            "Vector", "block_reduce", "load_part", "value", "Fragments", "zero"} <= offered  # fmt: skip
+            "Barrier", "arrive_expecting", "copy_tile", "wgmma_wait", "Vector", "block_reduce", "load_part", "value",
+            "Fragments", "zero"} <= offered  # fmt: skip
     used = "\n".join(path.read_text() for path in SOURCES)
     missing = {name for name in offered if not re.search(rf"(?:simt::|[.:]){name}\b", used)}
     assert not missing

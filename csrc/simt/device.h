@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "launch.h"
+#include "tensor_map.h"
 
 // A statically sized array in shared memory, uninitialised.
 #define SIMT_SHARED(T, name, N) __shared__ T name[N]
@@ -106,15 +107,16 @@ __device__ inline uint64_t atomic_add(uint64_t* at, uint64_t value) {
 __device__ inline void signal(uint32_t* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
+// Whether a counter in global memory has reached `target`; where it has, as after wait_for().
+__device__ inline bool has_reached(const uint32_t* counter, uint32_t target) {
+  uint32_t seen = 0;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  return seen >= target;
+}
 // Waits until a counter in global memory has reached `target`. One thread of a block waits, then block_sync(). The
 // signals must come from blocks of a co-resident launch, or from blocks that wait for nothing.
 __device__ inline void wait_for(const uint32_t* counter, uint32_t target) {
-  uint32_t seen = 0;
-  for (;;) {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-    if (seen >= target) return;
-    __nanosleep(64);
-  }
+  while (!has_reached(counter, target)) __nanosleep(64);
 }
 
 // --- memory ----------------------------------------------------------------------------------------------------------
@@ -135,11 +137,11 @@ __device__ inline void store_16_bytes(void* to, const uint32_t (&words)[4]) {
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
-// The dynamic shared memory of the launch as one struct, uninitialised. Its start is a multiple of 128 bytes.
+// The dynamic shared memory of the launch as one struct, uninitialised. Its start is a multiple of 1024 bytes.
 template <class S>
 __device__ S& dynamic_shared() {
-  static_assert(alignof(S) <= 128);
-  extern __shared__ __align__(128) unsigned char simt_dynamic[];
+  static_assert(alignof(S) <= 1024);
+  extern __shared__ __align__(1024) unsigned char simt_dynamic[];
   return *reinterpret_cast<S*>(simt_dynamic);
 }
 
@@ -219,3 +221,5 @@ __device__ inline void mma<float16>(float (&d)[4], const uint32_t (&a)[4], const
 }
 
 }  // namespace twotower::simt
+
+#include "device_sm90.h"

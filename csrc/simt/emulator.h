@@ -68,6 +68,7 @@ void multiply_bfloat16(float* d, const uint32_t* a, const uint32_t* b);
 void multiply_float16(float* d, const uint32_t* a, const uint32_t* b);
 uint64_t add_atomically(void* at, uint64_t value, int bytes);
 void signal_counter(uint32_t* counter);
+bool counter_has_reached(const uint32_t* counter, uint32_t target);
 void wait_for_counter(const uint32_t* counter, uint32_t target);
 
 struct Launch {
@@ -80,10 +81,12 @@ struct Launch {
 // Runs body(context) once a thread of every block; throws std::runtime_error with a report where the kernel is wrong.
 void run(const Launch& launch, void (*body)(void*), void* context);
 
-// Bytes of shared memory that a block may have: SIMT_SHARED_KIB, by default 163, as on sm_80.
+// The GPU that is played: SIMT_ARCH, by default 80, as 10 * major + minor.
+int architecture();
+// Bytes of shared memory that a block may have: SIMT_SHARED_KIB, by default the GPU's.
 int64_t shared_limit();
-
-constexpr int64_t kCoresidentBlocks = 3;  // few and odd, so that work is shared out unevenly
+// Blocks that run at once: SIMT_BLOCKS, by default 3: few and odd, so that work is shared out unevenly.
+int64_t coresident_blocks();
 
 template <class T>
 void take(Collective& c) {
@@ -182,6 +185,9 @@ SIMT_WRAPPER uint64_t atomic_add(uint64_t* at, uint64_t value) {
 SIMT_WRAPPER void signal(uint32_t* counter) {
   emulated::signal_counter(counter);
 }
+SIMT_WRAPPER bool has_reached(const uint32_t* counter, uint32_t target) {
+  return emulated::counter_has_reached(counter, target);
+}
 SIMT_WRAPPER void wait_for(const uint32_t* counter, uint32_t target) {
   emulated::wait_for_counter(counter, target);
 }
@@ -202,7 +208,7 @@ SIMT_WRAPPER uint32_t shared_address(const void* pointer) {
 }
 template <class S>
 SIMT_WRAPPER S& dynamic_shared() {
-  static_assert(alignof(S) <= 128);
+  static_assert(alignof(S) <= 1024);
   return *static_cast<S*>(emulated::dynamic_array(sizeof(S), alignof(S)));
 }
 SIMT_WRAPPER void cp_async(uint32_t shared, const void* global, int bytes) {
@@ -241,7 +247,7 @@ inline int current_device(const char*) {
   return 0;
 }
 inline int compute_capability(int) {
-  return 80;
+  return emulated::architecture();
 }
 inline int64_t shared_limit(const char*) {
   return emulated::shared_limit();
@@ -257,7 +263,9 @@ void launch_coresident(const char* op, void (*kernel)(P...), int64_t blocks, int
 }
 template <auto kKernel>
 int64_t coresident_blocks(const char*, int, size_t) {
-  return emulated::kCoresidentBlocks;
+  return emulated::coresident_blocks();
 }
 
 }  // namespace twotower::simt
+
+#include "emulator_sm90.h"

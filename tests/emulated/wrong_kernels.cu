@@ -2,12 +2,11 @@
 #include <exception>
 #include <string>
 
-#include "../../csrc/simt/tile.h"
+#include "wrong_kernels.h"
 
 namespace twotower::wrong {
 namespace {
 
-constexpr int kThreads = 64;
 using simt::block_sync;
 using simt::thread_index;
 
@@ -95,13 +94,6 @@ __global__ void signal_before_the_barrier(uint32_t* out) {
   }
 }
 
-struct Entry {
-  const char* name;
-  void (*kernel)(uint32_t*);
-  int64_t blocks;
-  size_t shared;
-  bool coresident;
-};
 constexpr Entry kEntries[] = {
     {"missing_barrier", missing_barrier, 1, 0, false},
     {"overwritten_too_soon", overwritten_too_soon, 1, 0, false},
@@ -128,17 +120,18 @@ extern "C" __attribute__((visibility("default"))) const char* twotower_wrong(con
   using namespace twotower;
   static std::string report;
   report = "no such kernel";
-  for (const wrong::Entry& e : wrong::kEntries) {
-    if (std::string(name) != e.name) continue;
-    report.clear();
-    try {
-      if (e.coresident)
-        simt::launch_coresident(e.name, e.kernel, e.blocks, wrong::kThreads, e.shared, nullptr, out);
-      else
-        simt::launch(e.name, e.kernel, e.blocks, wrong::kThreads, e.shared, nullptr, out);
-    } catch (const std::exception& error) {
-      report = error.what();
+  for (const auto entries : {std::span<const wrong::Entry>(wrong::kEntries), wrong::sm90_entries()})
+    for (const wrong::Entry& e : entries) {
+      if (std::string(name) != e.name) continue;
+      report.clear();
+      try {
+        if (e.coresident)
+          simt::launch_coresident(e.name, e.kernel, e.blocks, e.threads, e.shared, nullptr, out);
+        else
+          simt::launch(e.name, e.kernel, e.blocks, e.threads, e.shared, nullptr, out);
+      } catch (const std::exception& error) {
+        report = error.what();
+      }
     }
-  }
   return report.c_str();
 }

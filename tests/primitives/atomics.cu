@@ -51,6 +51,26 @@ __global__ void all_wait_for_all(const uint32_t* in, uint32_t* out, int64_t) {
   words[kBlocks * kThreads + i] = sum;
 }
 
+// The same without waiting, unless n is 0: the blocks that are told that all have written sum, the others' results are
+// 0. out: the counter, how many were told, then as before.
+__global__ void all_ask_for_all(const uint32_t* in, uint32_t* out, int64_t n) {
+  const int64_t thread = simt::thread_index(), i = simt::block_index() * kThreads + thread;
+  SIMT_SHARED(uint32_t, told, 1);
+  uint32_t* words = out + 2;
+  words[i] = in[i];
+  simt::block_sync();
+  if (thread == 0) {
+    simt::signal(out);
+    if (n == 0) simt::wait_for(out, static_cast<uint32_t>(simt::block_count()));
+    told[0] = simt::has_reached(out, static_cast<uint32_t>(simt::block_count()));
+    simt::atomic_add(out + 1, told[0]);
+  }
+  simt::block_sync();
+  uint32_t sum = 0;
+  for (int64_t block = 0; told[0] != 0 && block < simt::block_count(); ++block) sum += words[block * kThreads + thread];
+  words[kBlocks * kThreads + i] = sum;
+}
+
 // out: a counter, then a word a thread, which the blocks change one after the other, by plain reads and writes.
 __global__ void turns(const uint32_t* in, uint32_t* out, int64_t) {
   const int64_t block = simt::block_index(), thread = simt::thread_index();
@@ -72,6 +92,7 @@ constexpr Entry kEntries[] = {
     {"atomic_add_shared_32", atomic_add_shared<uint32_t>, kBlocks, kThreads},
     {"atomic_add_shared_64", atomic_add_shared<uint64_t>, kBlocks, kThreads},
     {"all_wait_for_all", all_wait_for_all, kBlocks, kThreads, 0, room<all_wait_for_all>},
+    {"all_ask_for_all", all_ask_for_all, kBlocks, kThreads, 0, room<all_ask_for_all>},
     {"turns", turns, kBlocks, kThreads, 0, room<turns>},
 };
 

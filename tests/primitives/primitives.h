@@ -13,11 +13,13 @@ using Kernel = void (*)(const uint32_t* in, uint32_t* out, int64_t n);
 
 struct Entry {
   const char* name;
-  Kernel kernel;
-  int64_t blocks;
-  int threads;
+  Kernel kernel = nullptr;
+  int64_t blocks = 0;
+  int threads = 0;
   size_t shared = 0;
   int64_t (*room)(int threads, size_t shared) = nullptr;  // of a co-resident launch: how many blocks fit
+  // Instead of the above, where the kernel takes other parameters.
+  void (*launch)(const Entry& entry, const uint32_t* in, uint32_t* out, int64_t n, void* stream) = nullptr;
 };
 
 std::span<const Entry> thread_entries();
@@ -28,6 +30,7 @@ std::span<const Entry> matrix_entries();
 std::span<const Entry> vector_entries();
 std::span<const Entry> sum_entries();
 std::span<const Entry> tile_entries();
+std::span<const Entry> sm90_entries();
 std::span<const Entry> planted_entries();
 
 }  // namespace twotower::primitives

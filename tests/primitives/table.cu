@@ -9,13 +9,14 @@ namespace {
 
 const Entry& find(const std::string& name) {
   for (const auto entries : {thread_entries(), warp_entries(), atomic_entries(), shared_entries(), matrix_entries(),
-                             vector_entries(), sum_entries(), tile_entries(), planted_entries()})
+                             vector_entries(), sum_entries(), tile_entries(), sm90_entries(), planted_entries()})
     for (const Entry& entry : entries)
       if (name == entry.name) return entry;
   throw std::invalid_argument("no primitive is called " + name);
 }
 
 void launch(const Entry& entry, const uint32_t* in, uint32_t* out, int64_t n, void* stream) {
+  if (entry.launch != nullptr) return entry.launch(entry, in, out, n, stream);
   if (entry.room == nullptr) {
     simt::launch(entry.name, entry.kernel, entry.blocks, entry.threads, entry.shared, stream, in, out, n);
     return;

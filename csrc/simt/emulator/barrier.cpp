@@ -116,6 +116,17 @@ void signal_counter(uint32_t* counter) {
   offer_preemption();
 }
 
+bool counter_has_reached(const uint32_t* counter, uint32_t target) {
+  Fiber* me = machine.running;
+  if (me->block->arena.holds(counter))
+    fail("has_reached: the counter is in shared memory (%s)", source_line(PC).c_str());
+  offer_preemption();
+  note_access(counter, sizeof *counter, Access::atomic, PC);
+  if (*counter < target) return false;
+  if (race_checking) machine.counters[counter].leave(me->knows);
+  return true;
+}
+
 void wait_for_counter(const uint32_t* counter, uint32_t target) {
   Fiber* me = machine.running;
   if (me->block->arena.holds(counter)) fail("wait_for: the counter is in shared memory (%s)", source_line(PC).c_str());

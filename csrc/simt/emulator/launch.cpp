@@ -26,6 +26,7 @@ void start_thread(Block& block, int64_t index, int thread, size_t slot, int64_t 
   f.block_index = index;
   f.block = &block;
   f.counter = nullptr;
+  f.barrier = nullptr;
   f.open_copies.clear();
   f.copy_groups.clear();
   f.knows = {nullptr, 1, static_cast<uint32_t>(first_thread + thread), index};
@@ -40,20 +41,28 @@ bool run_together(const std::vector<int64_t>& indices) {
   machine.ready.clear();
   machine.running = nullptr;
   machine.counters.clear();
+  machine.tiles.clear();
   while (machine.blocks.size() < indices.size()) machine.blocks.push_back(std::make_unique<Block>());
   machine.blocks.resize(indices.size());
-  const auto nothing_known = std::make_shared<const Clock>(indices.size() * launch.threads);
+  const auto threads = static_cast<uint32_t>(indices.size() * launch.threads);
+  const auto nothing_known = std::make_shared<const Clock>(threads + indices.size() * kCopiers);
   for (size_t i = 0; i < indices.size(); ++i) {
     Block& block = *machine.blocks[i];
     block.arena.reset(static_cast<uint32_t>(launch.shared));
     block.barrier = {};
     block.warps.assign(launch.threads / kWarp, {});
+    block.warpgroups.assign(launch.threads / kWarpgroup, {});
+    block.barriers.clear();
+    block.first_copier = threads + static_cast<uint32_t>(i) * kCopiers;
     block.fibers.clear();
     block.live = launch.threads;
     for (int t = 0; t < launch.threads; ++t) {
       start_thread(block, indices[i], t, i * launch.threads + t, static_cast<int64_t>(i) * launch.threads);
       block.fibers.back()->knows.base = nothing_known;
+      block.fibers.back()->fenced = {nothing_known, 0, block.fibers.back()->knows.index, indices[i]};
     }
+    for (int t = 0; t < launch.threads / kWarpgroup * kWarpgroup; ++t)
+      block.warpgroups[t / kWarpgroup].threads[t % kWarpgroup] = block.fibers[t];
   }
   run_ready_threads();
   if (!machine.error.empty()) return false;
@@ -73,8 +82,13 @@ void validate(const Launch& launch) {
     throw std::runtime_error(op + ": emulator: " + std::to_string(launch.blocks) + " blocks");
   if (static_cast<int64_t>(launch.shared) > shared_limit())
     throw std::runtime_error(op + ": emulator: " + std::to_string(launch.shared) + " bytes of dynamic shared memory");
-  if (launch.coresident && launch.blocks > kCoresidentBlocks)
+  if (launch.coresident && launch.blocks > coresident_blocks())
     throw std::runtime_error(op + ": emulator: more blocks than coresident_blocks() says fit");
+}
+
+int number_from(const char* variable, int otherwise) {
+  const char* given = std::getenv(variable);
+  return given ? std::atoi(given) : otherwise;
 }
 
 std::vector<int64_t> order_of_blocks(int64_t count) {
@@ -88,9 +102,17 @@ std::vector<int64_t> order_of_blocks(int64_t count) {
 
 }  // namespace
 
+int architecture() {
+  return number_from("SIMT_ARCH", 80);
+}
+
 int64_t shared_limit() {
-  const char* given = std::getenv("SIMT_SHARED_KIB");
-  return std::min<int64_t>(given ? std::atoi(given) * 1024 : 163 * 1024, Arena::kMaxDynamic);
+  const int most = architecture() >= 90 ? 227 : 163;
+  return std::min<int64_t>(number_from("SIMT_SHARED_KIB", most) * int64_t{1024}, Arena::kMaxDynamic);
+}
+
+int64_t coresident_blocks() {
+  return number_from("SIMT_BLOCKS", 3);
 }
 
 void run(const Launch& launch, void (*body)(void*), void* context) {
@@ -121,6 +143,10 @@ void run(const Launch& launch, void (*body)(void*), void* context) {
 // For tests: how many extra passes bank conflicts have cost ldmatrix so far.
 extern "C" __attribute__((visibility("default"))) uint64_t twotower_ldmatrix_conflicts() {
   return twotower::simt::emulated::machine.ldmatrix_conflicts;
+}
+// For tests: how many products warpgroups have made so far.
+extern "C" __attribute__((visibility("default"))) uint64_t twotower_products() {
+  return twotower::simt::emulated::machine.products;
 }
 
 // For conditions of breakpoints: where the running thread is.

@@ -85,8 +85,8 @@ void* dynamic_array(size_t bytes, size_t alignment) {
   const Arena& arena = machine.running->block->arena;
   if (bytes > arena.dynamic_bytes)
     fail("dynamic_shared: %zu bytes are wanted, the launch gave %u", bytes, arena.dynamic_bytes);
-  static_assert(Arena::kDynamic % 128 == 0);
-  if (alignment > 128) fail("dynamic_shared: alignment %zu exceeds 128", alignment);
+  static_assert(Arena::kDynamic % 1024 == 0);
+  if (alignment > 1024) fail("dynamic_shared: alignment %zu exceeds 1024", alignment);
   return arena.bytes + Arena::kDynamic;
 }
 
@@ -138,6 +138,7 @@ void copy_wait(int pending) {
 // Lets some of the running thread's copies arrive before anyone waits for them.
 void land_everything_at_random() {
   if (machine.policy.async != Async::random) return;
+  land_tiles_at_random();
   Fiber* me = machine.running;
   for (auto& group : me->copy_groups)
     for (PendingCopy& copy : group)

@@ -52,7 +52,7 @@ const char* verb(Access access) {
     case Access::atomic:
       return "atomic";
     case Access::async_write:
-      return "cp_async write";
+      return "asynchronous write";
   }
   return "access";
 }
@@ -71,9 +71,11 @@ std::string place_of(const void* p) {
 
 [[noreturn]] void fail_race(const void* p, Access access, uintptr_t pc, const char* relation, const char* earlier,
                             uint32_t thread, int64_t block, uint32_t earlier_pc) {
-  const uint32_t threads = static_cast<uint32_t>(machine.launch->threads);
-  fail("RACE: %s of %s at %s %s the %s at %s by thread %u of block %lld", verb(access), place_of(p).c_str(),
-       source_line(pc).c_str(), relation, earlier, source_line(long_pc(earlier_pc)).c_str(), thread % threads,
+  const auto threads = static_cast<uint32_t>(machine.launch->threads);
+  const std::string who = thread < machine.blocks.front()->first_copier ? "thread " + std::to_string(thread % threads)
+                                                                        : "a copy or product";
+  fail("RACE: %s of %s at %s %s the %s at %s by %s of block %lld", verb(access), place_of(p).c_str(),
+       source_line(pc).c_str(), relation, earlier, source_line(long_pc(earlier_pc)).c_str(), who.c_str(),
        static_cast<long long>(block));
 }
 
@@ -88,10 +90,10 @@ void note_read(Cell& cell, const Knowledge& me, uint32_t pc) {
   cell.read_pc[i] = pc;
 }
 
-void note_byte(Cell& cell, const void* p, bool shared, Access access, uintptr_t pc) {
-  const Knowledge& me = machine.running->knows;
+void note_byte(Cell& cell, const Knowledge& me, const void* p, bool shared, Access access, uintptr_t pc) {
   if (cell.pending)
-    fail_race(p, access, pc, "comes before the wait for", "cp_async", cell.writer, cell.write_block, cell.write_pc);
+    fail_race(p, access, pc, "comes before the wait for", "asynchronous copy", cell.writer, cell.write_block,
+              cell.write_pc);
   if (cell.written && !(cell.by_atomic && access == Access::atomic) &&
       !ordered(me, cell.writer, cell.write_clock, cell.write_block))
     fail_race(p, access, pc, "is not ordered after", "write", cell.writer, cell.write_block, cell.write_pc);
@@ -123,11 +125,14 @@ void Meeting::bring(Knowledge& from) {
   ++from.own;
 }
 
-void Meeting::leave(Knowledge& to) const {
-  if (clock.empty()) return;
-  auto joined = std::make_shared<Clock>(*to.base);
+void Knowledge::learn(const Clock& clock) {
+  auto joined = std::make_shared<Clock>(*base);
   join(*joined, clock);
-  to.base = std::move(joined);
+  base = std::move(joined);
+}
+
+void Meeting::leave(Knowledge& to) const {
+  if (!clock.empty()) to.learn(clock);
 }
 
 std::shared_ptr<const Clock> Meeting::close() {
@@ -149,7 +154,11 @@ uintptr_t long_pc(uint32_t pc) {
 }
 
 void note_access(const void* p, size_t bytes, Access access, uintptr_t pc) {
-  if (!race_checking || !machine.running || on_fiber_stack(p)) return;
+  if (race_checking && machine.running && !on_fiber_stack(p))
+    note_access_of(machine.running->knows, p, bytes, access, pc);
+}
+
+void note_access_of(const Knowledge& who, const void* p, size_t bytes, Access access, uintptr_t pc) {
   Arena& arena = machine.running->block->arena;
   const auto* first = static_cast<const std::byte*>(p);
   if (arena.holds(p)) {
@@ -157,14 +166,14 @@ void note_access(const void* p, size_t bytes, Access access, uintptr_t pc) {
     if (!arena.valid(at, static_cast<uint32_t>(bytes)))
       fail("OUT OF BOUNDS: %s of %zu bytes at shared byte %u, outside of the block's shared memory, at %s",
            verb(access), bytes, at, source_line(pc).c_str());
-    for (size_t i = 0; i < bytes; ++i) note_byte(arena.shadow[at + i], first + i, true, access, pc);
+    for (size_t i = 0; i < bytes; ++i) note_byte(arena.shadow[at + i], who, first + i, true, access, pc);
     return;
   }
   const auto address = reinterpret_cast<uintptr_t>(p);
   for (size_t i = 0; i < bytes;) {
     Cell* cells = global_cells(address + i);
     const size_t in_page = std::min<size_t>(bytes - i, kPage - (address + i) % kPage);
-    for (size_t j = 0; j < in_page; ++j) note_byte(cells[j], first + i + j, false, access, pc);
+    for (size_t j = 0; j < in_page; ++j) note_byte(cells[j], who, first + i + j, false, access, pc);
     i += in_page;
   }
 }
@@ -177,6 +186,31 @@ void note_landing(uint32_t shared) {
     cell.pending = false;
     cell.write_clock = me.own;
   }
+}
+
+void note_copied_to(const void* p, size_t bytes, uint32_t copier, uint32_t number, uintptr_t pc) {
+  if (!race_checking) return;
+  Arena& arena = machine.running->block->arena;
+  note_access(p, bytes, Access::async_write, pc);
+  const auto at = static_cast<uint32_t>(static_cast<const std::byte*>(p) - arena.bytes);
+  for (size_t i = 0; i < bytes; ++i) {
+    arena.shadow[at + i].writer = copier;
+    arena.shadow[at + i].write_clock = number;
+  }
+}
+
+uint32_t last_writer(const void* p) {
+  const Arena& arena = machine.running->block->arena;
+  return arena.shadow[static_cast<const std::byte*>(p) - arena.bytes].writer;
+}
+
+bool is_copied(const void* p, const Knowledge& fenced) {
+  if (!race_checking) return true;
+  const Cell& cell = *global_cells(reinterpret_cast<uintptr_t>(p));
+  if (!cell.written) return true;
+  if (cell.writer == fenced.index) return cell.write_clock <= fenced.own;
+  if (cell.write_block != fenced.block && !machine.launch->coresident) return false;
+  return fenced.has_seen(cell.writer, cell.write_clock);
 }
 
 }  // namespace twotower::simt::emulated

@@ -21,6 +21,7 @@ struct Knowledge {
   int64_t block = 0;
 
   bool has_seen(uint32_t thread, uint32_t clock) const { return thread == index || (*base)[thread] >= clock; }
+  void learn(const Clock& clock);
 };
 
 // A point where threads exchange what they know: a barrier, or a counter that is signalled.
@@ -40,7 +41,7 @@ struct Cell {
   uint32_t writer, write_clock, write_pc;
   uint32_t reader[2], read_clock[2], read_pc[2];
   int32_t write_block, read_block[2];
-  bool written, by_atomic, pending;  // pending: a cp.async that its thread has not waited for
+  bool written, by_atomic, pending;  // pending: a cp.async not waited for, or a tile's copy not arrived
 };
 
 extern bool race_checking;
@@ -48,6 +49,14 @@ extern bool race_checking;
 void reset_global_shadow();
 // An access by the running thread; shared or global memory, whichever `p` is in.
 void note_access(const void* p, size_t bytes, Access access, uintptr_t pc);
+void note_access_of(const Knowledge& who, const void* p, size_t bytes, Access access, uintptr_t pc);
+// The last writer of a byte of shared memory, as a Knowledge's index.
+uint32_t last_writer(const void* p);
+// The running thread starts copy `number` of `copier` to shared memory.
+void note_copied_to(const void* p, size_t bytes, uint32_t copier, uint32_t number, uintptr_t pc);
+// Whether a copy from global memory may find what this byte holds: nothing has written it in this launch, or before the
+// last fence_copies of the thread that started the copy, which knew `fenced` then.
+bool is_copied(const void* p, const Knowledge& fenced);
 // The running thread has waited for its cp.async to these 16 bytes of shared memory.
 void note_landing(uint32_t shared);
 // Addresses of code as the shadow keeps them: distances from the library's start.

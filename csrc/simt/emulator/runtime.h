@@ -37,6 +37,18 @@ struct PendingCopy {
   bool landed;  // already written to shared memory; the thread may not know yet
 };
 
+// A copy of a tile that has not arrived.
+struct CountingBarrier;
+struct TileCopy {
+  uint32_t shared, bytes;
+  TensorMap map;
+  int64_t at[5];
+  CountingBarrier* barrier;
+  Block* block;
+  uint32_t number = 0;  // of the barrier's copies
+  Knowledge fenced{};   // of the thread that started it
+};
+
 enum class State : uint8_t { ready, waiting, done };
 
 struct Fiber {
@@ -52,10 +64,12 @@ struct Fiber {
   uintptr_t reason_pc = 0;
   const uint32_t* counter = nullptr;  // of wait_for
   uint32_t target = 0;
+  const CountingBarrier* barrier = nullptr;  // of Barrier::wait
 
   std::vector<PendingCopy> open_copies;              // not yet committed
   std::deque<std::vector<PendingCopy>> copy_groups;  // committed, oldest first
   Knowledge knows;                                   // for the race checker
+  Knowledge fenced;                                  // what it knew at its last fence_copies
 
   int lane() const { return thread % kWarp; }
   int warp() const { return thread / kWarp; }
@@ -67,6 +81,52 @@ struct Warp {
   int arrived = 0;
   Fiber* lanes[kWarp] = {};
   Meeting meeting;  // of warp_sync
+};
+
+// A Barrier in shared memory.
+struct CountingBarrier {
+  uint32_t arrivals = 0, arrived = 0;  // of a phase: expected, come
+  int64_t bytes = 0;                   // expected and not yet copied
+  uint32_t phase = 0;                  // how many have ended
+  const Fiber* initialised_by = nullptr;
+  bool published = false;
+  // For the race checker: its copies count as a thread of their own.
+  uint32_t copier = 0, copies = 0;
+  Meeting meeting;
+  std::shared_ptr<const Clock> ended;  // what the last phase that ended has brought
+};
+constexpr uint32_t kMaxBarriers = 64, kMaxWarps = 32;  // of a block
+constexpr uint32_t kCopiers = kMaxBarriers + kMaxWarps;
+
+// A product that a warpgroup has started; `key` names its accumulators.
+struct Product {
+  uint32_t a, b;
+  int n;
+  bool is_bfloat16;
+  const float* key;
+  uintptr_t pc;
+  bool done;
+};
+struct Accumulator {
+  int n;
+  std::vector<float> sums;  // [64, n]
+  float* d[kWarpgroup];
+};
+
+// Four warps, the call that their threads make together, and their products: open, and in committed groups.
+struct Warpgroup {
+  Fiber* threads[kWarpgroup] = {};
+  const char* call = "";
+  int arrived = 0;
+  Fiber* met[kWarpgroup] = {};
+  uint32_t a = 0, b = 0;
+  float* d[kWarpgroup] = {};
+  bool begun = false;
+  std::vector<Product> open;
+  std::deque<std::vector<Product>> groups;
+  std::map<const float*, Accumulator> accumulators;
+  Meeting meeting;        // of warpgroup_sync
+  uint32_t products = 0;  // the clock of its warps' products
 };
 
 struct BlockBarrier {
@@ -106,6 +166,10 @@ struct Block {
   Arena arena;
   BlockBarrier barrier;
   std::vector<Warp> warps;
+  std::vector<Warpgroup> warpgroups;
+  std::map<const void*, CountingBarrier> barriers;
+  // The race checker's threads beside the real ones: the copies of each barrier, then the products of each warp.
+  uint32_t first_copier = 0;
   std::vector<Fiber*> fibers;
   int live = 0;  // threads that have not returned
 };
@@ -122,9 +186,10 @@ struct Machine {
   std::deque<Fiber*> ready;
   Fiber* running = nullptr;
   std::map<const uint32_t*, Meeting> counters;  // signalled in this launch
+  std::vector<TileCopy> tiles;                  // under way
   uint64_t random = 1;
   std::string error;  // the first report; the kernel is abandoned
-  uint64_t ldmatrix_conflicts = 0;
+  uint64_t ldmatrix_conflicts = 0, products = 0;
 };
 extern Machine machine;
 
@@ -157,5 +222,16 @@ void meet_in_collective(const char* name, CollectiveBody body, const void* in, v
 
 // memory.cpp
 void land_everything_at_random();
+
+// tiles.cpp
+uint32_t permuted(uint32_t shared);
+bool land_a_tile();
+void land_tiles_at_random();
+void check_copies_at_end(Block& block);
+
+// wgmma.cpp
+void check_products_at_end(Block& block);
+// A product of the block that nobody has waited for and that reads some of these bytes of shared memory; or null.
+const Product* product_reading(const Block& block, uint32_t at, uint32_t bytes);
 
 }  // namespace twotower::simt::emulated

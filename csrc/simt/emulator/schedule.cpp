@@ -39,7 +39,8 @@ Fiber* take(size_t i) {  // the order of the others does not matter
 
 Fiber* next_ready() {
   auto& ready = machine.ready;
-  if (ready.empty()) return nullptr;
+  while (ready.empty())  // a tile that is copied comes at the latest when everyone waits
+    if (!land_a_tile()) return nullptr;
   switch (machine.policy.schedule) {
     case Schedule::fifo:
       return take_first();
@@ -107,7 +108,10 @@ void offer_preemption() {
 void finish_thread() {
   Fiber* me = machine.running;
   me->state = State::done;
-  --me->block->live;
+  if (--me->block->live == 0) {
+    check_copies_at_end(*me->block);
+    check_products_at_end(*me->block);
+  }
   release_block_barrier_if_full(*me->block);
   switch_to(next_ready());
   __builtin_unreachable();
@@ -144,6 +148,13 @@ std::string deadlock_report() {
       std::string what = "block " + std::to_string(f->block_index) + ": " + f->reason;
       if (f->counter)
         what += " (counter at " + std::to_string(*f->counter) + " of " + std::to_string(f->target) + ")";
+      else if (f->barrier)
+        what += " (phase " + std::to_string(f->barrier->phase) + " has " + std::to_string(f->barrier->arrived) +
+                " of " + std::to_string(f->barrier->arrivals) + " arrivals and lacks " +
+                std::to_string(f->barrier->bytes) + " bytes)";
+      else if (f->thread / kWarpgroup < static_cast<int>(block->warpgroups.size()) &&
+               f->reason == block->warpgroups[f->thread / kWarpgroup].call)
+        what += " (" + std::to_string(block->warpgroups[f->thread / kWarpgroup].arrived) + " of 128 threads arrived)";
       else if (f->reason == std::string("block_sync"))
         what += " (" + std::to_string(block->barrier.waiting.size()) + " of " + std::to_string(block->live) +
                 " threads arrived)";

@@ -22,7 +22,7 @@ std::string source_line(uintptr_t pc) {
   while (std::fgets(line, sizeof line, pipe)) {
     std::string frame(line);
     frame.resize(frame.find_first_of(" \n"));
-    if (frame.starts_with("emulator.h") || frame.starts_with("tuple") || frame.starts_with("invoke.h")) continue;
+    if (frame.starts_with("emulator") || frame.starts_with("tuple") || frame.starts_with("invoke.h")) continue;
     chain += (chain.empty() ? "" : " < ") + frame;
   }
   pclose(pipe);
