@@ -9,6 +9,7 @@ import argparse
 import os
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -94,17 +95,22 @@ def shorten(demangled: str) -> str:
 
 
 @cache
-def instructions(architecture: str, library: Path = LIBRARY) -> dict[str, frozenset[str]]:
-    """kernel -> the instructions of its machine code, with their modifiers: `LDGSTS.E.BYPASS.128`."""
-    found: dict[str, set[str]] = {}
+def code(architecture: str, library: Path = LIBRARY) -> dict[str, Counter[str]]:
+    """kernel -> the instructions of its machine code with modifiers and operands, and how often each is there."""
+    found: dict[str, Counter[str]] = {}
     kernel = ""
     for line in cuobjdump("-sass", "-arch", architecture, library):
-        if matched := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line):
-            found[kernel].add(matched.group(1))
+        if matched := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*)", line):
+            found[kernel][matched.group(1)] += 1
         elif matched := re.match(r"\s*Function : (\w+)", line):
             kernel = matched.group(1)
-            found[kernel] = set()
-    return {name: frozenset(found[mangled]) for mangled, name in readable(found).items()}
+            found[kernel] = Counter()
+    return {name: found[mangled] for mangled, name in readable(found).items()}
+
+
+def instructions(architecture: str, library: Path = LIBRARY) -> dict[str, frozenset[str]]:
+    """kernel -> the instructions of its machine code, with their modifiers: `LDGSTS.E.BYPASS.128`."""
+    return {kernel: frozenset(i.split()[0] for i in found) for kernel, found in code(architecture, library).items()}
 
 
 def architectures(found: dict[str, dict[str, Usage]]) -> list[str]:

@@ -32,6 +32,16 @@ CLAIMS = {
 }
 # The same from sm_90 on.
 CLAIMS_SINCE_90 = {r"moe_experts_kernel<bf16, .*>": "STSM.MT88.2"}
+# The same in code for one architecture alone.
+CLAIMS_OF = {
+    # Tiles copied by the tensor memory accelerator, products by warpgroups, barriers in shared memory.
+    "sm_90a": {
+        r"moe_stream_kernel<bf16, .*>": "HGMMA.F32.BF16 UTMALDG.5D UTMALDG.2D SYNCS.ARRIVE.TRANS64 ATOMG.ADD",
+        r"moe_stream_kernel<f16, .*>": "HGMMA.F32 UTMALDG.5D UTMALDG.2D SYNCS.ARRIVE.TRANS64 ATOMG.ADD",
+        r"moe_stream_kernel<\w+, \d+, .*>": "FENCE.VIEW.ASYNC.G WARPGROUP.ARRIVE WARPGROUP.DEPBAR",
+        r"gather_rows_kernel<\w+>": "LDG.128 STG.128",
+    }
+}
 # What must not be there: float32 stays float32.
 FORBIDDEN = {r"(moe_experts_kernel<f32, |router_logits_kernel<|commit_|rms_norm_).*": "HMMA"}
 
@@ -84,6 +94,7 @@ def test_nothing_spills():
 @pytest.mark.parametrize("architecture", CODES)
 def test_claimed_instructions_are_in_the_code(architecture: str):
     claims = [*CLAIMS.items(), *(CLAIMS_SINCE_90.items() if number(architecture) >= 90 else ())]
+    claims += CLAIMS_OF.get(architecture, {}).items()
     missing = [
         f"{kernel}: no {wanted}"
         for kernel, code in instructions(architecture).items()
@@ -102,10 +113,22 @@ def test_claimed_instructions_are_in_the_code(architecture: str):
 
 
 @compiled
+@pytest.mark.skipif("sm_90a" not in CODES, reason="not built for sm_90a")
+def test_products_of_warpgroups_are_not_serialised():
+    """Four products to a group: a compiler that cannot prove the accumulators untouched waits after each."""
+    for kernel, found in kernel_resources.code("sm_90a").items():
+        products = sum(n for text, n in found.items() if text.startswith("HGMMA"))
+        groups = sum(n for text, n in found.items() if text.startswith("HGMMA") and "gsb0" in text)
+        assert products == 4 * groups, kernel
+        assert (products > 0) == kernel.startswith("moe_stream_kernel"), kernel
+
+
+@compiled
 def test_every_claim_is_about_a_kernel():
     """And every op with a CUDA kernel has a claim."""
     kernels = list(usages())
-    stale = [pattern for pattern in CLAIMS if not any(re.fullmatch(pattern, kernel) for kernel in kernels)]
+    patterns = [*CLAIMS, *CLAIMS_SINCE_90, *(pattern for claims in CLAIMS_OF.values() for pattern in claims)]
+    stale = [pattern for pattern in patterns if not any(re.fullmatch(pattern, kernel) for kernel in kernels)]
     assert not stale
     for stem in {row.stem for row in OPS.values() if row.cuda}:
         source = (kernel_resources.ROOT / "csrc" / "kernels" / f"{stem}.cuh").read_text()

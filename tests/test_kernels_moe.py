@@ -6,22 +6,15 @@ import math
 
 import pytest
 import torch
-from backends import Backend
-from torch import Tensor
+from backends import EVERY_ARCHITECTURE, Backend
+from moe_cases import check, experts, generator
 
 from twotower_ext import reference
-from twotower_ext.registry import CUDA_DTYPES, EXPERTS_TOLERANCE, TOLERANCE, compare
+from twotower_ext.registry import CUDA_DTYPES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+every_architecture = pytest.mark.parametrize("backend", EVERY_ARCHITECTURE)
 every_dtype = pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-
-
-def generator(*seed: object) -> torch.Generator:
-    return torch.Generator().manual_seed(hash(seed) % 2**31)
-
-
-def double(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.double()
 
 
 # --- routing ---------------------------------------------------------------------------------------------------------
@@ -81,33 +74,7 @@ def test_moe_route_ranks_nan_below_every_number(backend: Backend):
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 
-def experts(tokens: int, width: int, experts: int, inner: int, k: int, shared: int, gated: bool, dtype, seed: int = 0):
-    """Random arguments of moe_experts; k may be 0 and there may be no shared expert."""
-    g = generator(tokens, width, experts, inner, k, shared, gated, seed)
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=g) * scale).to(dtype)
-
-    rows = 2 if gated else 1
-    ids = torch.stack([torch.randperm(experts, generator=g)[:k].sort().values for _ in range(tokens)]).int()
-    return [
-        normal(tokens, width), ids, torch.rand(tokens, k, generator=g),
-        normal(experts, rows * inner, width, scale=width**-0.5), normal(experts, width, inner, scale=inner**-0.5),
-        normal(rows * shared, width, scale=width**-0.5) if shared else None,
-        normal(width, shared, scale=max(shared, 1) ** -0.5) if shared else None,
-    ]  # fmt: skip
-
-
-def check(backend: Backend, arguments: list, dtype: torch.dtype, gated: bool = False) -> Tensor:
-    activation = "silu_gate" if gated else "relu2"
-    actual = backend.run("moe_experts", *arguments, activation=activation)
-    exact = reference.moe_experts(*(double(a) if i != 1 else a for i, a in enumerate(arguments)), activation=activation)
-    tolerance = EXPERTS_TOLERANCE[dtype] if dtype == torch.bfloat16 else TOLERANCE[dtype]
-    assert actual.dtype == dtype
-    assert compare(actual.double(), exact, tolerance) is None
-    return actual
-
-
+@every_architecture
 @every_dtype
 @pytest.mark.parametrize("gated", [False, True], ids=["relu2", "silu_gate"])
 @pytest.mark.parametrize(
@@ -129,17 +96,20 @@ def test_moe_experts_against_float64(tokens, width, count, inner, k, shared, gat
 def test_moe_experts_in_the_largest_tile(width: int, shared_kib: int, backend: Backend, monkeypatch):
     """More than 64 tokens a row of weights; in 99 KiB of shared memory fewer stages. A token's bits are its own."""
     monkeypatch.setenv("SIMT_SHARED_KIB", str(shared_kib))
+    monkeypatch.setenv("TWOTOWER_MOE_KERNEL", "mma")  # a token alone, too
     arguments = experts(130, width, 2, 72, 1, 24, False, torch.bfloat16)
     many = check(backend, arguments, torch.bfloat16)
     alone = backend.run("moe_experts", *(a[7:8] for a in arguments[:3]), *arguments[3:])
     assert torch.equal(alone, many[7:8])
 
 
+@every_architecture
 def test_moe_experts_over_two_passes(backend: Backend):
     """More tokens than one pass holds (2048)."""
     check(backend, experts(2051, 8, 2, 8, 1, 8, False, torch.bfloat16), torch.bfloat16)
 
 
+@every_architecture
 def test_moe_experts_takes_64_bit_ids(backend: Backend):
     arguments = experts(5, 16, 4, 24, 2, 8, False, torch.bfloat16)
     narrow = check(backend, arguments, torch.bfloat16)
@@ -147,6 +117,7 @@ def test_moe_experts_takes_64_bit_ids(backend: Backend):
     assert torch.equal(backend.run("moe_experts", *arguments), narrow)
 
 
+@every_architecture
 def test_moe_experts_reads_no_expert_that_nobody_visits(backend: Backend):
     arguments = experts(6, 16, 8, 24, 2, 8, False, torch.bfloat16)
     arguments[1] = arguments[1] % 3 + 2
@@ -155,6 +126,7 @@ def test_moe_experts_reads_no_expert_that_nobody_visits(backend: Backend):
     assert check(backend, arguments, torch.bfloat16).isfinite().all()
 
 
+@every_architecture
 @every_dtype
 def test_moe_experts_keeps_nan_to_its_token(dtype: torch.dtype, backend: Backend):
     arguments = experts(20, 40, 3, 24, 2, 8, False, dtype)
@@ -166,6 +138,7 @@ def test_moe_experts_keeps_nan_to_its_token(dtype: torch.dtype, backend: Backend
     assert torch.equal(spoilt[others], clean[others])
 
 
+@every_architecture
 def test_moe_experts_squares_beyond_float16(backend: Backend):
     """relu² of 300 is 90,000: more than float16 holds, though the result fits."""
     x = torch.full((2, 8), 37.5, dtype=torch.float16)
@@ -175,6 +148,7 @@ def test_moe_experts_squares_beyond_float16(backend: Backend):
     torch.testing.assert_close(y.float(), torch.full((2, 8), 90_000 * 16 * down[0, 0, 0].item()), rtol=1e-3, atol=0)
 
 
+@every_architecture
 def test_moe_experts_pairs_of_no_expert_count_for_nothing(backend: Backend):
     """On a GPU ids are not checked: those out of range must neither crash nor touch other pairs."""
     arguments = experts(9, 16, 4, 24, 3, 8, False, torch.bfloat16)

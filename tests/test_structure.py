@@ -98,6 +98,23 @@ def test_kernels_use_the_primitives(path: Path):
         assert not re.search(rf"\b{forbidden}\b" if forbidden.isalpha() else re.escape(forbidden), text), forbidden
 
 
+def test_parameters_with_tensor_maps_are_read_where_the_launch_put_them():
+    """Elsewhere a copy of them has no address that a tile copy can use; the emulator would not notice."""
+    texts = {path: path.read_text() for path in sources(".cu", ".cuh") if path.parent.name != "emulated"}
+    holders = {
+        name
+        for text in texts.values()
+        for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", text, re.MULTILINE | re.DOTALL)
+        if "simt::TensorMap" in body
+    }
+    assert {"StreamParams", "Operands", "Source"} <= holders
+    for path, text in texts.items():
+        for parameters in re.findall(r"__global__[^;{]*?\w+\(((?:[^(){}]|\([^()]*\))*)\) \{", text):
+            for parameter in parameters.split(","):
+                if holders & set(re.findall(r"\w+", parameter)):
+                    assert "SIMT_CONSTANT" in parameter, f"{path.name}: {parameter}"
+
+
 def imported(path: Path) -> set[str]:
     """The modules a Python file imports when it is loaded (imports inside functions are late on purpose)."""
     found = set()

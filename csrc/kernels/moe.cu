@@ -1,19 +1,20 @@
-// moe_experts: picks a tile, and launches the sort and the products for one pass over the tokens after the other.
+// moe_experts: picks a kernel and its tile, and launches one pass over the tokens after the other.
 #include <algorithm>
 #include <span>
 
 #include "launcher.h"
 #include "moe.cuh"
+#include "moe_stream.h"
 
 namespace twotower::cuda {
 namespace {
 
 using kernels::ceil_div;
 using kernels::ExpertsPass;
+using kernels::pass_tokens;
+using kernels::tokens_served;
 
 constexpr const char* kOp = "moe_experts";
-// A pass reads every visited expert's weights once; its size bounds the workspace (220 MB for 6 slots, D 2688, F 1856).
-constexpr int64_t kPassTokens = 2048, kPassPairs = 8 * kPassTokens;
 constexpr int64_t kMaxWidth = 1 << 22;  // of D, F, shared_F and k: items are counted in 32 bits
 
 // How the products are cut up; a result does not depend on it. `most`: on average, the tokens that one row of weights
@@ -45,10 +46,6 @@ ExpertsParams without_idle_slots(ExpertsParams p) {
   return p;
 }
 
-int64_t pass_tokens(const ExpertsParams& p) {
-  return std::min({p.T, kPassTokens, std::max<int64_t>(kPassPairs / std::max<int64_t>(p.k, 1), 1)});
-}
-
 template <class Traits>
 void launch_pass(const ExpertsParams& p, ExpertsPass pass, void* stream) {
   using T = typename Traits::T;
@@ -59,7 +56,7 @@ void launch_pass(const ExpertsParams& p, ExpertsPass pass, void* stream) {
   pass.up_aligned = aligned<T>(p.up) && aligned<T>(p.shared_up);
   pass.down_aligned = aligned<T>(p.down) && aligned<T>(p.shared_down);
   pass.y_aligned = aligned<T>(p.y);
-  simt::launch(kOp, kernels::sort_pairs_kernel, p.E + 1, kernels::kSortThreads, 0, stream, p, pass);
+  sort_pairs(kOp, p, pass, stream);
   // No more blocks than either product has items.
   const int64_t routed = std::min(pass.pairs, p.E + pass.pairs / Traits::kTokens);
   const int64_t tiles = routed + ceil_div(pass.tokens, Traits::kTokens);
@@ -69,16 +66,12 @@ void launch_pass(const ExpertsParams& p, ExpertsPass pass, void* stream) {
 }
 
 template <class T, int kIndex = 0>
-void choose_tile(const ExpertsParams& p, const ExpertsPass& pass, void* stream) {
+void choose_tile(const ExpertsParams& p, const ExpertsPass& pass, int64_t served, void* stream) {
   constexpr Tile kTile = kTiles<T>[kIndex];
   using Traits = kernels::ExpertsTraits<T, kTile.rows, kTile.tokens, kTile.warps_m, kTile.warps_n, kTile.stages>;
-  if constexpr (kIndex + 1 < kTiles<T>.size()) {
-    const int64_t rows = std::min(p.E, pass.pairs) * p.F + p.shared_F;  // of weights, each counted once and a token
-    const int64_t served = pass.pairs * p.F + pass.tokens * p.shared_F;
-    if (ceil_div(served, std::max<int64_t>(rows, 1)) > kTile.most ||
-        int64_t{sizeof(kernels::ExpertsSmem<Traits>)} > simt::shared_limit(kOp))
-      return choose_tile<T, kIndex + 1>(p, pass, stream);
-  }
+  if constexpr (kIndex + 1 < kTiles<T>.size())
+    if (served > kTile.most || int64_t{sizeof(kernels::ExpertsSmem<Traits>)} > simt::shared_limit(kOp))
+      return choose_tile<T, kIndex + 1>(p, pass, served, stream);
   launch_pass<Traits>(p, pass, stream);
 }
 
@@ -92,7 +85,9 @@ void require_at_most(int64_t most, int64_t got, const char* what) {
 
 int64_t moe_experts_workspace(const ExpertsParams& params) {
   const ExpertsParams p = without_idle_slots(params);
-  return kernels::lay_out_pass(p, pass_tokens(p)).second;
+  const int64_t tokens = pass_tokens(p), bytes = kernels::lay_out_pass(p, tokens).second;
+  const StreamedTile* streamed = streamed_tile(p, tokens_served(p, tokens));
+  return streamed ? std::max(bytes, streamed_workspace(p, *streamed, tokens)) : bytes;  // whatever the device
 }
 
 void moe_experts(const ExpertsParams& params, void* stream) {
@@ -101,13 +96,19 @@ void moe_experts(const ExpertsParams& params, void* stream) {
   require_at_most(kernels::kMaxExperts, p.E, "up must have a number of experts of");
   require_at_most(kMaxWidth, std::max({p.D, p.F, p.shared_F, p.k}),
                   "x, up, shared_up and expert_ids must have widths of");
-  for_dtype(kOp, p.dtype, [&]<class T>(std::type_identity<T>) {
-    for (int64_t first = 0, step = pass_tokens(p); first < p.T; first += step) {
-      ExpertsPass pass = kernels::lay_out_pass(p, std::min(step, p.T - first)).first;
-      pass.first = first;
-      choose_tile<T>(p, pass, stream);
+  const int64_t step = pass_tokens(p), served = tokens_served(p, step);
+  const StreamedTile* streamed = streamed_tile(p, served);
+  if (streamed && !can_stream(kOp)) streamed = nullptr;
+  for (int64_t first = 0; first < p.T; first += step) {
+    const int64_t tokens = std::min(step, p.T - first);
+    if (streamed) {
+      launch_streamed(kOp, p, *streamed, first, tokens, stream);
+      continue;
     }
-  });
+    ExpertsPass pass = kernels::lay_out_pass(p, tokens).first;
+    pass.first = first;
+    for_dtype(kOp, p.dtype, [&]<class T>(std::type_identity<T>) { choose_tile<T>(p, pass, served, stream); });
+  }
 }
 
 }  // namespace twotower::cuda

@@ -15,6 +15,7 @@
 
 #include <type_traits>
 
+#include "moe_combine.cuh"
 #include "moe_products.cuh"
 
 namespace twotower::kernels {
@@ -180,54 +181,6 @@ __device__ void run(const Product& product, ExpertsSmem<Traits>& smem, Stage (&s
   }
 }
 
-// y of the pass: each thread sums kVector columns of a token over its slots, in their order, then the shared expert.
-template <class Traits>
-__device__ void combine(const ExpertsParams& p, const ExpertsPass& pass) {
-  using T = typename Traits::T;
-  constexpr int kVector = 4, kSlots = 8;  // kSlots loads under way at a time
-  using Sum = simt::Vector<float, kVector>;
-  constexpr int kSlice = Traits::kThreads * kVector;  // columns of a token that a block sums at a time
-  const int k = static_cast<int>(p.k), slices = static_cast<int>(ceil_div(p.D, kSlice));
-  const auto load = [&](int64_t row, int column) {
-    return simt::load<float, kVector>(pass.out + row * padded(p.D) + column);
-  };
-  for (int i = static_cast<int>(simt::block_index()); i < pass.tokens * slices;
-       i += static_cast<int>(simt::block_count())) {
-    const int token = i / slices, column = i % slices * kSlice + simt::thread_index() * kVector;
-    if (column >= p.D) continue;
-    const Sum shared = p.shared_F > 0 ? load(pass.pairs + token, column) : Sum{};
-    Sum sum{};
-    for (int first = 0; first < k; first += kSlots) {
-      const int32_t* rows = pass.row_of + token * k + first;
-      const float* weights = p.expert_weights.at<const float>(pass.first + token) + first;
-      int row[kSlots];
-      float weight[kSlots];
-      Sum out[kSlots];
-      SIMT_UNROLL
-      for (int s = 0; s < kSlots; ++s) row[s] = first + s < k ? rows[s] : kNoRow;
-      SIMT_UNROLL
-      for (int s = 0; s < kSlots; ++s) weight[s] = first + s < k ? weights[s] : 0.f;
-      SIMT_UNROLL
-      for (int s = 0; s < kSlots; ++s) out[s] = row[s] == kNoRow ? Sum{} : load(row[s], column);
-      SIMT_UNROLL
-      for (int s = 0; s < kSlots; ++s) {
-        SIMT_UNROLL
-        for (int j = 0; j < kVector; ++j)
-          if (row[s] != kNoRow) sum.at[j] += weight[s] * out[s].at[j];
-      }
-    }
-    simt::Vector<T, kVector> y;
-    for (int j = 0; j < kVector; ++j) y.at[j] = T(p.shared_F > 0 ? sum.at[j] + shared.at[j] : sum.at[j]);
-    T* to = p.y.at<T>(pass.first + token) + column;
-    if (pass.y_aligned) {
-      simt::store_part(to, y, p.D - column);
-    } else {
-      for (int j = 0; j < kVector; ++j)
-        if (column + j < p.D) to[j] = y.at[j];
-    }
-  }
-}
-
 template <class Traits>  // 256 threads an SM may take all registers
 __global__ void __launch_bounds__(Traits::kThreads, 256 / Traits::kThreads)
     moe_experts_kernel(const ExpertsParams p, const ExpertsPass pass) {
@@ -239,7 +192,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 256 / Traits::kThreads)
   run<Traits>(down, smem, smem.down);
   if (simt::thread_index() == 0) down.wait_for_all();
   simt::block_sync();
-  combine<Traits>(p, pass);
+  combine<typename Traits::T, Traits::kThreads>(p, pass);
 }
 
 }  // namespace twotower::kernels

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "moe_sort.cuh"
+#include "moe_pass.cuh"
 
 namespace twotower::kernels {
 
@@ -16,6 +16,14 @@ namespace twotower::kernels {
 struct ExpertsItem {
   int expert, count, row, output;
 };
+
+// A NaN stays one.
+__device__ inline float relu2(float v) {
+  return v < 0.f ? 0.f : v * v;
+}
+__device__ inline float silu_gate(float gate, float value) {
+  return gate / (1.f + expf(-gate)) * value;
+}
 
 // --- what both have in common ----------------------------------------------------------------------------------------
 
@@ -57,13 +65,16 @@ struct ExpertsProduct {
 
   // Item `index` of the queue: the shared expert's, which are the longest, then expert after expert; of each the tiles
   // of weights, and of each of these the tiles of tokens, so that neighbours find the weights in L2.
-  __device__ ExpertsItem item(int index, int shared_weight_tiles, int weight_tiles, int outputs) const {
+  // expert_of(i): the expert of the i-th tile of tokens.
+  template <class ExpertOf>
+  __device__ ExpertsItem item(int index, int shared_weight_tiles, int weight_tiles, int outputs,
+                              ExpertOf&& expert_of) const {
     int expert = shared_expert();
     const int shared_items = shared_weight_tiles * token_tiles(expert);
     if (index >= shared_items) {
       index -= shared_items;
       if (index >= pass.tiles[p.E] * weight_tiles) return {-1, 0, 0, 0};
-      expert = pass.expert_of[index / weight_tiles];
+      expert = expert_of(index / weight_tiles);
       index -= pass.tiles[expert] * weight_tiles;
     }
     const int tiles = token_tiles(expert), first = index % tiles * Traits::kTokens, left = rows(expert) - first;
@@ -109,7 +120,7 @@ struct UpProduct : ExpertsProduct<Traits> {
   __device__ bool tokens_aligned() const { return pass.x_aligned; }
   __device__ ExpertsItem find(int index) const {
     return this->item(index, this->up_weight_tiles(this->shared_expert()), this->up_weight_tiles(-1),
-                      this->up_outputs(Traits::kRows));
+                      this->up_outputs(Traits::kRows), [&](int tile) { return pass.expert_of[tile]; });
   }
   __device__ uint32_t* taken() const { return pass.taken; }
   __device__ void wait(const ExpertsItem&) const {}
@@ -150,10 +161,10 @@ struct UpProduct : ExpertsProduct<Traits> {
         float (&v)[4] = acc.at[m][n];
         if (this->gated()) {
           SIMT_UNROLL
-          for (int i = 0; i < 2; ++i) v[i] = v[i] / (1.f + expf(-v[i])) * v[2 + i];
+          for (int i = 0; i < 2; ++i) v[i] = silu_gate(v[i], v[2 + i]);
         } else {
           SIMT_UNROLL
-          for (int i = 0; i < 4; ++i) v[i] = v[i] < 0.f ? 0.f : v[i] * v[i];  // a NaN stays one
+          for (int i = 0; i < 4; ++i) v[i] = relu2(v[i]);
         }
       }
     }
@@ -237,7 +248,8 @@ struct DownProduct : ExpertsProduct<Traits> {
   __device__ bool tokens_aligned() const { return true; }
   __device__ int weight_tiles() const { return static_cast<int>(ceil_div(p.D, Traits::kRows)); }
   __device__ ExpertsItem find(int index) const {
-    return this->item(index, weight_tiles(), weight_tiles(), Traits::kRows);
+    return this->item(index, weight_tiles(), weight_tiles(), Traits::kRows,
+                      [&](int tile) { return pass.expert_of[tile]; });
   }
   __device__ uint32_t* taken() const { return pass.taken + 1; }
   // One thread: until h of the item's expert is there.

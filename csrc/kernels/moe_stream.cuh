@@ -1,0 +1,295 @@
+// moe_experts on Hopper, for few tokens an expert: both products in one launch that streams weights at the speed of
+// memory. Blocks take items (expert, 64 rows of weights, a tile of tokens) from one queue: all of h = activation(up x),
+// then all of out = down h; then they share out y = the weighted sum of out. One thread of a block copies an item's
+// operands through a ring of stages, running ahead of the items by all of the ring, and a warpgroup multiplies: the
+// weights are the m64 operand of wgmma, the tokens its n operand.
+//
+// No wait can deadlock. Items are taken in the queue's order, and every block finishes what it has taken: items of the
+// first product wait for nothing, those of the second for items that have been taken before, the sums for items alone.
+//
+// A token's result depends on nothing but the token: each element adds its terms in the order of columns, the second
+// product in two halves, which are then added; and the sum over a token's experts goes by slot.
+#pragma once
+
+#include "moe_combine.cuh"
+#include "moe_stream_queue.cuh"
+
+namespace twotower::kernels {
+
+template <class Traits>
+struct StreamSmem {
+  typename Traits::Stage stages[Traits::kStages];
+  simt::Barrier full[Traits::kStages], empty[Traits::kStages];
+  StreamItem items[Traits::kStages];  // which item starts in the stage
+  // Copies of the pass's: finding an item among them takes a fraction of a microsecond, of which an item has three.
+  int32_t start[kMaxStreamedExperts + 1], tiles[kMaxStreamedExperts + 1];
+};
+
+// A place in the ring of stages.
+template <class Traits>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;  // of the phase in which the stage is filled
+  __device__ void advance() {
+    if (++stage < Traits::kStages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
+// --- the thread that copies ------------------------------------------------------------------------------------------
+
+// Starts the copies of an item. Axes of weights: column, row, -, -, expert; those of gated `up`: column, row in 8, gate
+// or value, group of 8 rows, expert, so that 8 gate rows and their 8 value rows follow one another.
+template <class Traits>
+__device__ void copy_item(const StreamParams& s, const StreamQueue<Traits>& queue, const StreamItem& item,
+                          StreamSmem<Traits>& smem, Ring<Traits>& ring) {
+  constexpr int kRowBytes = Traits::kColumns * sizeof(typename Traits::T);
+  const bool shared = queue.is_shared(item.at.expert), grouped = !item.down && queue.gated();
+  const simt::TensorMap& weights = item.down ? (shared ? s.shared_down : s.down) : (shared ? s.shared_up : s.up);
+  const simt::TensorMap& tokens = item.down ? (shared ? s.shared_hidden : s.hidden) : s.x;
+  const int output = item.at.output, expert = shared ? 0 : item.at.expert;
+  int row = item.at.row, rows = queue.multiplied(item);
+  if (item.down) {
+    row = (shared ? row - static_cast<int>(queue.pass.pairs) : row) * Traits::kNumbers;
+    rows *= Traits::kNumbers;
+  }
+  const int steps = queue.steps(item);
+  int column = queue.first_column(item);
+  for (int step = 0; step < steps; ++step, column += Traits::kColumns) {
+    simt::Barrier& full = smem.full[ring.stage];
+    smem.empty[ring.stage].wait(ring.parity ^ 1);
+    if (step == 0) smem.items[ring.stage] = item;
+    full.arrive_expecting((Traits::kRows + rows) * kRowBytes);
+    simt::copy_tile(simt::shared_address(smem.stages[ring.stage].weights), weights, full,
+                    {column, grouped ? 0 : output, 0, grouped ? output / 8 : 0, expert});
+    const uint32_t to = simt::shared_address(smem.stages[ring.stage].tokens);
+    for (int i = 0; i < rows; i += 8) simt::copy_tile(to + i * kRowBytes, tokens, full, {column, row + i});
+    ring.advance();
+  }
+}
+
+template <class Traits>
+__device__ void copy_items(const StreamParams& s, const StreamQueue<Traits>& queue, StreamSmem<Traits>& smem) {
+  Ring<Traits> ring;
+  bool all_ready = false;
+  int index = static_cast<int>(simt::block_index());
+  for (;;) {
+    // Asked for before it is needed, and so while this item's copies wait for room.
+    const uint32_t taken = simt::atomic_add(queue.pass.taken, 1u);
+    const StreamItem item = queue.find(index);
+    if (item.at.expert < 0) {
+      smem.empty[ring.stage].wait(ring.parity ^ 1);
+      smem.items[ring.stage] = item;
+      smem.full[ring.stage].arrive();
+      return;
+    }
+    queue.wait(item, all_ready);
+    copy_item(s, queue, item, smem, ring);
+    index = static_cast<int>(simt::block_count() + taken);
+  }
+}
+
+// --- the warpgroup that multiplies -----------------------------------------------------------------------------------
+
+// d = the sum of so many steps; each stage is given back as soon as the products have read it.
+template <class Traits, int N>
+__device__ void multiply_steps(float (&d)[N / 2], int steps, StreamSmem<Traits>& smem, Ring<Traits>& ring) {
+  const auto give_back = [&](int stage) {
+    if (simt::lane() == 0) smem.empty[stage].arrive();
+  };
+  SIMT_UNROLL
+  for (int i = 0; i < N / 2; ++i) d[i] = 0.f;
+  int last = 0;
+  for (int step = 0; step < steps; ++step) {
+    smem.full[ring.stage].wait(ring.parity);
+    const uint32_t weights = simt::shared_address(smem.stages[ring.stage].weights);
+    const uint32_t tokens = simt::shared_address(smem.stages[ring.stage].tokens);
+    simt::wgmma_begin();
+    SIMT_UNROLL
+    for (int k = 0; k < Traits::kColumns / 16; ++k)
+      simt::wgmma<typename Traits::T, N>(d, weights + 32 * k, tokens + 32 * k);
+    simt::wgmma_commit();
+    simt::wgmma_wait<1>(d);
+    if (step > 0) give_back(last);
+    last = ring.stage;
+    ring.advance();
+  }
+  simt::wgmma_wait<0>(d);
+  give_back(last);
+}
+
+// Where this thread's elements of a 64 x N product stand: d[4 j + 2 i ...] are of row(i) and columns column(j), + 1.
+__device__ inline int product_row(int i) {
+  return simt::warp() * 16 + simt::lane() / 4 + 8 * i;
+}
+__device__ inline int product_column(int j) {
+  return 8 * j + simt::lane() % 4 * 2;
+}
+
+// h = kFirst a + kSecond b, where it is two numbers: up to 8 million, with an error of 2⁻²² of it or 2⁻²⁹.
+constexpr float kFirst = 128, kSecond = 1.f / 16;
+
+// One value of h: its number, or its two.
+template <class Traits>
+__device__ void store_hidden(typename Traits::T* to, int stride, float h) {
+  using T = typename Traits::T;
+  if constexpr (Traits::kTwoNumbers) {
+    constexpr float kLargest = 65504;
+    const float scaled = h / kFirst;
+    const float largest = scaled < 0.f ? -kLargest : kLargest;  // of a; b then overflows, as h does
+    const T a = T(scaled * scaled > kLargest * kLargest ? largest : scaled);
+    to[0] = a;
+    to[stride] = T((h - kFirst * float(a)) / kSecond);
+  } else {
+    to[0] = T(h);
+  }
+}
+
+template <class Traits, int N>
+__device__ void store_up(const StreamQueue<Traits>& queue, const ExpertsItem& item, const float (&d)[N]) {
+  const int width = queue.width(item.expert), stride = queue.hidden_stride(item.expert);
+  SIMT_UNROLL
+  for (int j = 0; j < N / 4; ++j) {
+    SIMT_UNROLL
+    for (int t = 0; t < 2; ++t) {
+      const int token = product_column(j) + t;
+      if (token >= item.count) continue;
+      auto* to = reinterpret_cast<typename Traits::T*>(queue.hidden_row(item.expert, item.row + token));
+      const float first = d[4 * j + t], second = d[4 * j + 2 + t];
+      if (queue.gated()) {
+        const int output = item.output + simt::warp() * 8 + simt::lane() / 4;
+        if (output < width) store_hidden<Traits>(to + output, stride, silu_gate(first, second));
+      } else {
+        const int output = item.output + product_row(0);
+        if (output < width) store_hidden<Traits>(to + output, stride, relu2(first));
+        if (output + 8 < width) store_hidden<Traits>(to + output + 8, stride, relu2(second));
+      }
+    }
+  }
+}
+
+// In place: the product with h from those with its numbers, in even elements. Before anything is added to it, so that
+// all tiles round alike.
+template <class Traits, int N>
+__device__ void join_numbers(float (&d)[N]) {
+  if constexpr (Traits::kTwoNumbers) {
+    SIMT_UNROLL
+    for (int i = 0; i < N; i += 2) d[i] = kFirst * d[i] + kSecond * d[i + 1];  // powers of two: one rounding
+  }
+}
+
+template <class Traits, int N>
+__device__ void store_down(const StreamQueue<Traits>& queue, const StreamItem& item, const float (&d)[N]) {
+  const ExpertsPass& pass = queue.pass;
+  const int D = static_cast<int>(queue.p.D), stride = static_cast<int>(padded(D));
+  float* out = pass.out + (item.half * (pass.pairs + pass.tokens) + item.at.row) * stride;
+  const auto store = [&](int token, int i, float value) {
+    const int output = item.at.output + product_row(i);
+    if (token < item.at.count && output < D) out[int64_t{token} * stride + output] = value;
+  };
+  SIMT_UNROLL
+  for (int j = 0; j < N / 4; ++j) {
+    SIMT_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      store(product_column(j) / Traits::kNumbers, i, d[4 * j + 2 * i]);
+      if constexpr (!Traits::kTwoNumbers) store(product_column(j) + 1, i, d[4 * j + 2 * i + 1]);
+    }
+  }
+}
+
+// With the width of products that StreamQueue::multiplied says.
+template <class Traits, int kTokens = Traits::kTokens>
+__device__ void multiply_item(const StreamQueue<Traits>& queue, const StreamItem& item, StreamSmem<Traits>& smem,
+                              Ring<Traits>& ring) {
+  if constexpr (kTokens > 8)
+    if (item.at.count <= kTokens / 2) return multiply_item<Traits, kTokens / 2>(queue, item, smem, ring);
+  if (!item.down) {
+    float d[kTokens / 2];
+    multiply_steps<Traits, kTokens>(d, queue.steps(item), smem, ring);
+    store_up(queue, item.at, d);
+  } else {
+    constexpr int kN = Traits::kNumbers * kTokens;
+    const int steps = queue.steps_of_half(item.at.expert);
+    float d[kN / 2];
+    multiply_steps<Traits, kN>(d, steps, smem, ring);
+    join_numbers<Traits>(d);
+    if constexpr (!Traits::kSplit) {
+      float second[kN / 2];
+      multiply_steps<Traits, kN>(second, steps, smem, ring);
+      join_numbers<Traits>(second);
+      SIMT_UNROLL
+      for (int i = 0; i < kN / 2; ++i) d[i] += second[i];
+    }
+    store_down(queue, item, d);
+  }
+}
+
+template <class Traits>
+__device__ void multiply_items(const StreamQueue<Traits>& queue, StreamSmem<Traits>& smem) {
+  Ring<Traits> ring;
+  for (;;) {
+    smem.full[ring.stage].wait(ring.parity);
+    const StreamItem item = smem.items[ring.stage];
+    simt::warp_sync();  // all lanes have read it before the first of them gives the stage back
+    if (item.at.expert < 0) return;
+    multiply_item(queue, item, smem, ring);
+    simt::warpgroup_sync();  // all of the item is stored
+    if (simt::thread_index() == 0) queue.signal(item);
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(SIMT_CONSTANT const StreamParams s) {
+  if constexpr (simt::kHopper) {
+    auto& smem = simt::dynamic_shared<StreamSmem<Traits>>();
+    ExpertsPass pass = s.pass;
+    pass.start = smem.start;
+    pass.tiles = smem.tiles;
+    const StreamQueue<Traits> queue{{s.p, pass}};
+    for (int e = simt::thread_index(); e <= s.p.E; e += Traits::kThreads) {
+      smem.start[e] = s.pass.start[e];
+      smem.tiles[e] = s.pass.tiles[e];
+    }
+    if (simt::thread_index() == 0) {
+      for (int i = 0; i < Traits::kStages; ++i) {
+        smem.full[i].init(1);
+        smem.empty[i].init(Traits::kConsumers / simt::kWarp);
+      }
+      simt::publish_barriers();
+    }
+    simt::block_sync();
+    if (simt::thread_index() >= Traits::kConsumers) {
+      if (simt::thread_index() == Traits::kConsumers) copy_items(s, queue, smem);
+      return;
+    }
+    multiply_items(queue, smem);
+    if (simt::thread_index() == 0) queue.wait_for_all();
+    simt::warpgroup_sync();
+    combine<typename Traits::T, Traits::kConsumers, StreamQueue<Traits>::kHalves>(s.p, s.pass);
+  }
+}
+
+constexpr int kGatherThreads = 256;
+
+// The rows of x in the order of experts, then token by token for the shared expert: what one copy can take. A block a
+// row.
+template <class T>
+__global__ void gather_rows_kernel(const ExpertsParams p, const ExpertsPass pass, T* to) {
+  constexpr int kVector = 16 / sizeof(T);
+  const int row = static_cast<int>(simt::block_index());
+  const bool shared = row >= pass.pairs;
+  if (!shared && row >= pass.start[p.E]) return;  // pairs of no expert have no row
+  const T* from = p.x.at<const T>(pass.first + (shared ? row - pass.pairs : pass.token_of[row]));
+  to += row * p.D;
+  for (int64_t i = simt::thread_index() * kVector; i < p.D; i += kGatherThreads * kVector) {
+    simt::Vector<T, kVector> v;
+    if (pass.x_aligned)
+      v = simt::load<T, kVector>(from + i);
+    else
+      for (int j = 0; j < kVector; ++j) v.at[j] = from[i + j];
+    simt::store(to + i, v);
+  }
+}
+
+}  // namespace twotower::kernels

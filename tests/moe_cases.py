@@ -1,0 +1,45 @@
+"""Random arguments of moe_experts, and what their result is compared with."""
+
+from __future__ import annotations
+
+import torch
+from backends import Backend
+from torch import Tensor
+
+from twotower_ext import reference
+from twotower_ext.registry import EXPERTS_TOLERANCE, TOLERANCE, compare
+
+
+def generator(*seed: object) -> torch.Generator:
+    return torch.Generator().manual_seed(hash(seed) % 2**31)
+
+
+def double(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.double()
+
+
+def experts(tokens: int, width: int, experts: int, inner: int, k: int, shared: int, gated: bool, dtype, seed: int = 0):
+    """Random arguments of moe_experts; k may be 0 and there may be no shared expert."""
+    g = generator(tokens, width, experts, inner, k, shared, gated, seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=g) * scale).to(dtype)
+
+    rows = 2 if gated else 1
+    ids = torch.stack([torch.randperm(experts, generator=g)[:k].sort().values for _ in range(tokens)]).int()
+    return [
+        normal(tokens, width), ids, torch.rand(tokens, k, generator=g),
+        normal(experts, rows * inner, width, scale=width**-0.5), normal(experts, width, inner, scale=inner**-0.5),
+        normal(rows * shared, width, scale=width**-0.5) if shared else None,
+        normal(width, shared, scale=max(shared, 1) ** -0.5) if shared else None,
+    ]  # fmt: skip
+
+
+def check(backend: Backend, arguments: list, dtype: torch.dtype, gated: bool = False) -> Tensor:
+    activation = "silu_gate" if gated else "relu2"
+    actual = backend.run("moe_experts", *arguments, activation=activation)
+    exact = reference.moe_experts(*(double(a) if i != 1 else a for i, a in enumerate(arguments)), activation=activation)
+    tolerance = EXPERTS_TOLERANCE[dtype] if dtype == torch.bfloat16 else TOLERANCE[dtype]
+    assert actual.dtype == dtype
+    assert compare(actual.double(), exact, tolerance) is None
+    return actual
