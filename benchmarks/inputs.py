@@ -60,6 +60,14 @@ class Numbers:
         chosen = torch.rand(rows, high, generator=self._generator).argsort(-1)[:, :count]
         return chosen.sort(-1).values.to("cpu" if self.device == "meta" else self.device, torch.int32)
 
+    def popular_ids(self, high: int, rows: int, count: int) -> Tensor:
+        """The same, some far more often than others, so that of 128 experts 16 rows with 6 each meet 34, and the most
+        popular is met by 12 of them, as traces of the model show."""
+        popularity = -2.2 * torch.log(torch.arange(high) + 7.0)[torch.randperm(high, generator=self._generator)]
+        noise = -torch.log(-torch.log(torch.rand(rows, high, generator=self._generator)))
+        chosen = (popularity + noise).topk(count, dim=-1).indices
+        return chosen.sort(-1).values.to("cpu" if self.device == "meta" else self.device, torch.int32)
+
     def heads(self, rows: int, count: int, width: int, scale: float = 1.0) -> Tensor:
         """(1, count, rows, width) as a projection leaves it: the heads of a row lie side by side."""
         return self.normal(1, rows, count, width, scale=scale).transpose(1, 2)
@@ -233,9 +241,10 @@ def _moe_experts(d: Dimensions, shape_name: str) -> dict[str, Draw]:
         up = n.normal(*leading, width, d.hidden, scale=d.hidden**-0.5)
         return up, n.normal(*leading, d.hidden, width, scale=width**-0.5)
 
-    def draw(tokens: int) -> Draw:
+    def draw(tokens: int, as_on_traces: bool = False) -> Draw:
         def samples(n: Numbers) -> list[Sample]:
             size = n.dtype.itemsize
+            draw_ids = n.popular_ids if as_on_traces else n.distinct_ids
             count = sets_for(int(d.experts_hit(tokens) * routed + shared) * size)
             layers = [
                 pair(n, d.experts, width=d.expert_width) for _ in range(_copies(d.experts * routed * size, count))
@@ -243,7 +252,7 @@ def _moe_experts(d: Dimensions, shape_name: str) -> dict[str, Draw]:
             always = [pair(n, width=d.shared_width) for _ in range(_copies(shared * size, count))]
 
             def build(index: int) -> Sample:
-                ids = n.distinct_ids(d.experts, tokens, d.top_k)  # new ones in every sample
+                ids = draw_ids(d.experts, tokens, d.top_k)  # new ones in every sample
                 weights = n.uniform(0.5, 1.5, tokens, d.top_k)
                 weights = 2.5 * weights / weights.sum(-1, keepdim=True)
                 experts = (*layers[index % len(layers)], *always[index % len(always)])
@@ -253,7 +262,8 @@ def _moe_experts(d: Dimensions, shape_name: str) -> dict[str, Draw]:
 
         return samples
 
-    return {f"T{tokens}": draw(tokens) for tokens in (1, d.block, 128)}
+    uniform = {f"T{tokens}": draw(tokens) for tokens in (1, d.block, 128, 512)}
+    return uniform | {f"T{tokens}-traces": draw(tokens, True) for tokens in (d.block, 128, 512)}
 
 
 def _block_attention(d: Dimensions, shape_name: str) -> dict[str, Draw]:

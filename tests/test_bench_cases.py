@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from functools import cache
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from twotower_ext.benchmarks import inputs, model, peers, results
 from twotower_ext.benchmarks.cases import Case, Inputs, cases, memory_needed
 from twotower_ext.benchmarks.dimensions import MID, REAL, Dimensions
+from twotower_ext.benchmarks.peers.moe import without_hopper
 from twotower_ext.benchmarks.peers.publisher_model import PublisherModel
 from twotower_ext.benchmarks.peers.scan import chunked_scan
 
@@ -59,7 +61,8 @@ def test_every_op_has_cases_under_stable_keys(dimensions, shape):
         assert results.KEY.fullmatch(case.key)
         op, named, dtype, _ = case.key.split("/")
         assert (op, named, dtype) == (case.op, shape, str(case.dtype).removeprefix("torch."))
-    needed = {"moe_experts": {"T1", "T16", "T128"}, "mamba_block": {"rows16", "rows1-update"}}
+    routed = {"T1", "T16", "T128", "T512", "T16-traces", "T128-traces", "T512-traces"}
+    needed = {"moe_experts": routed, "mamba_block": {"rows16", "rows1-update"}}
     for op, names in needed.items():
         assert {case.key.split("/")[3] for case in found if case.op == op} == names
 
@@ -73,7 +76,7 @@ def test_an_op_that_is_unknown_or_has_no_inputs_is_an_error(monkeypatch):
 
 
 def test_memory_work_and_traffic_of_the_published_layer_are_known_without_taking_memory():
-    one, _, many = cases(REAL, "real", [torch.bfloat16], ["moe_experts"])
+    one, _, _, many, *_ = cases(REAL, "real", [torch.bfloat16], ["moe_experts"])
     expert, shared = 2 * 1856 * 2688, 2 * 3712 * 2688  # parameters
     weights = 2 * 128 * expert
     assert weights < memory_needed(many) < weights + 2**31
@@ -123,6 +126,17 @@ def test_expert_ids_are_new_distinct_and_counted(key):
     assert found.notes["distinct_experts"] == round(sum(counts) / len(counts), 1)
     if len(found.samples[0].args[1]) == 1:
         assert len({tuple(sample.args[1][0].tolist()) for sample in found.samples}) > 4
+
+
+def test_routing_as_on_traces():
+    """Of 128 experts a block of 16 tokens meets about 34, and the busiest takes about 12 of them."""
+    numbers = inputs.Numbers("cpu", torch.bfloat16)
+    met = [numbers.popular_ids(128, 16, 6) for _ in range(100)]
+    assert all(len(set(row)) == 6 and row == sorted(row) for row in met[0].tolist())
+    counts = torch.stack([ids.flatten().bincount(minlength=128) for ids in met])
+    assert 32 <= (counts > 0).sum(1).double().mean() <= 36
+    assert 11 <= counts.amax(1).double().mean() <= 13
+    assert len({int(c.argmax()) for c in counts}) > 30  # another expert in every set
 
 
 @pytest.mark.parametrize("key", TINY_KEYS)
@@ -216,8 +230,19 @@ def test_compiled_peers_compute_what_the_op_computes(key):
 def test_peers_for_gpus_say_why_they_cannot_run_here():
     missing = {peer.name: peer.missing("cpu") for peer in peers.ALL}
     assert missing["mamba_ssm Triton"] == missing["Triton fused MoE (ours)"] == "needs an NVIDIA GPU"
+    assert missing["mma.sync kernel (ours)"] == "needs an NVIDIA GPU"
     assert missing["cat + SDPA flash (enable_gqa)"]
     assert missing["torch eager"] is None
+
+
+def test_the_other_kernel_is_chosen_for_a_call_alone(monkeypatch):
+    chosen = lambda: os.environ.get("TWOTOWER_MOE_KERNEL", "")  # noqa: E731
+    monkeypatch.delenv("TWOTOWER_MOE_KERNEL", raising=False)
+    assert without_hopper(chosen)() == "mma"
+    assert chosen() == ""
+    with pytest.raises(ZeroDivisionError):
+        without_hopper(lambda: 1 // 0)()
+    assert chosen() == ""
 
 
 def test_disagreement_names_the_result_that_differs():

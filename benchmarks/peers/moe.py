@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower_ext import ops
 from twotower_ext._samples import Sample
 
 from ..cases import Case
@@ -86,6 +88,39 @@ class ExpertLoop(Peer):
 
     def prepare(self, case: Case, sample: Sample) -> Callable[[], Any]:
         return call(expert_loop, sample)
+
+
+def without_hopper(function: Callable[[], Any]) -> Callable[[], Any]:
+    """The function with `moe_experts` on the kernel that every GPU has."""
+
+    def called() -> Any:
+        before = os.environ.get("TWOTOWER_MOE_KERNEL", "")
+        os.environ["TWOTOWER_MOE_KERNEL"] = "mma"
+        try:
+            return function()
+        finally:
+            os.environ["TWOTOWER_MOE_KERNEL"] = before  # nothing is as good as not set
+
+    return called
+
+
+class MmaKernel(Peer):
+    """This package's kernel for GPUs without a path of their own."""
+
+    name = "mma.sync kernel (ours)"
+    ops = ("moe_experts",)
+
+    def missing(self, device: str) -> str | None:
+        if not device.startswith("cuda"):
+            return "needs an NVIDIA GPU"
+        has_another = torch.cuda.get_device_capability(device) == (9, 0)
+        return None if has_another else "it is what this GPU takes anyway"
+
+    def supports(self, case: Case) -> bool:
+        return super().supports(case) and case.dtype in (torch.bfloat16, torch.float16)
+
+    def prepare(self, case: Case, sample: Sample) -> Callable[[], Any]:
+        return without_hopper(call(ops.moe_experts, sample))
 
 
 class GroupedMM(Peer):
