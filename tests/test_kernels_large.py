@@ -6,7 +6,7 @@ import mmap
 
 import pytest
 import torch
-from backends import BACKENDS, KERNELS, Backend
+from backends import BACKENDS, HOPPER_BACKENDS, KERNELS, Backend
 from torch import Tensor
 
 from twotower_ext import ops
@@ -52,9 +52,15 @@ def test_rows_far_apart(name: str, backend: Backend):
     assert compare(actual, expected, OPS[name].tolerance[torch.bfloat16]) is None
 
 
-@pytest.mark.parametrize("backend", ONE_POLICY)
-def test_moe_experts_whose_weights_pass_32_bits(backend: Backend):
-    experts, width, expert = 2200, 1024, 2199
+@pytest.mark.parametrize(
+    ("experts", "width", "backend"),
+    [
+        *(pytest.param(2200, 1024, *p.values, id=p.id, marks=p.marks) for p in ONE_POLICY),
+        *(pytest.param(500, 2080, *p.values, id=p.id, marks=p.marks) for p in HOPPER_BACKENDS[-2:]),
+    ],
+)
+def test_moe_experts_whose_weights_pass_32_bits(experts: int, width: int, backend: Backend):
+    expert = experts - 1
     assert expert * width * width > 2**31
     up, down = (far_reaching(backend, experts * width * width).view(experts, width, width) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
