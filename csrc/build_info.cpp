@@ -61,6 +61,9 @@ std::string cuda_build_description() {
 }
 
 #if !defined(TWOTOWER_WITH_CUDA)
+int cuda::use_device(int) {
+  return 0;
+}
 std::string cuda::architecture_of(int) {
   return "";
 }

@@ -231,6 +231,8 @@ std::vector<std::string> instruction_sets();
 namespace cuda {
 // " (sm_90)" for error messages; empty when it cannot be told (a build without CUDA).
 std::string architecture_of(int device_index);
+// Makes a device the calling thread's current one; returns the one that was.
+int use_device(int index);
 // Throws std::runtime_error, naming the architectures built in, when the current device has no code here.
 void require_supported_device(const char* op);
 // Launchers enqueue on the stream and never allocate or synchronise; a failed launch throws std::runtime_error.

@@ -64,8 +64,12 @@ struct TensorView {
 
   std::string shape_name() const {
     std::string s = "(";
-    for (int i = 0; i < ndim; ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
-    return s + (ndim == 1 ? ",)" : ")");
+    for (int i = 0; i < ndim; ++i) {
+      if (i > 0) s += ", ";
+      s += std::to_string(shape[i]);
+    }
+    s += ndim == 1 ? ",)" : ")";
+    return s;
   }
 };
 

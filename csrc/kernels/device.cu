@@ -12,6 +12,10 @@ std::string architecture_of(int device_index) {
   return capability == 0 ? "" : " (sm_" + std::to_string(capability) + ")";
 }
 
+int use_device(int index) {
+  return simt::use_device("twotower", index);
+}
+
 void require_supported_device(const char* op) {
   const int device = simt::current_device(op);
   if (simt::compute_capability(device) >= kOldest) return;

@@ -246,6 +246,9 @@ SIMT_WRAPPER void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
 inline int current_device(const char*) {
   return 0;
 }
+inline int use_device(const char*, int) {
+  return 0;
+}
 inline int compute_capability(int) {
   return emulated::architecture();
 }

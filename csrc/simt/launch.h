@@ -26,6 +26,13 @@ inline int current_device(const char* op) {
   return device;
 }
 
+// Makes a device the current one; returns the one that was.
+inline int use_device(const char* op, int index) {
+  const int before = current_device(op);
+  if (before != index) check(cudaSetDevice(index), op);
+  return before;
+}
+
 // 10 * major + minor of a device, asked once a device. 0: no such device.
 inline int compute_capability(int device) {
   static std::array<std::atomic<int>, kMaxDevices> known;
