@@ -77,9 +77,33 @@ def test_info_on_huge_integers_ends(changes, message, golden, tmp_path):
 def test_doctor_finds_nothing_wrong(capsys):
     assert cli.main(["doctor"]) == 0
     stdout, stderr = capsys.readouterr()
-    assert re.findall(r"^  ok +(\w+) +float32, bfloat16 on ", stdout, re.MULTILINE) == list(registry.OPS)
+    passed = r"^  ok +(\w+) +float32, bfloat16, float16, float64 on cpu.*, error \d+% of what is allowed$"
+    assert re.findall(passed, stdout, re.MULTILINE) == list(registry.OPS)
     assert stderr == ""
     assert torch.__version__.split("+")[0] in stdout
+
+
+def test_doctor_as_json(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    stdout, stderr = capsys.readouterr()
+    report = json.loads(stdout)
+    assert (stderr, report["problems"]) == ("", [])
+    assert report["packages"]["torch"] == importlib.metadata.version("torch")
+    assert report["build"]["cpu_isa"] in report["build"]["cpu_isas"]
+    assert len(report["gpus"]) == torch.cuda.device_count()
+    assert list(report["ops"]) == list(registry.OPS)
+    for name, devices in report["ops"].items():
+        assert list(devices["cpu"]) == ["float32", "bfloat16", "float16", "float64"], name
+        for outcome in devices["cpu"].values():
+            assert outcome["failure"] is None
+            assert 0 <= outcome["of_tolerance"] <= 1
+
+
+def test_share_of_the_tolerance():
+    e = torch.tensor([1.0, math.inf, math.nan])
+    assert registry.share_of_tolerance(e, e, (1e-3, 1e-3)) == 0
+    assert registry.share_of_tolerance(e.double() + 1e-3, e.double(), (1e-3, 1e-3)) == pytest.approx(0.5)
+    assert registry.share_of_tolerance((e.long(), None), (e.long() + 1, None), (1e-3, 1e-3)) == 0
 
 
 @pytest.mark.parametrize("fault", ["wrong numbers", "exception"])

@@ -92,6 +92,19 @@ def compare(actual: Any, expected: Any, tolerance: tuple[float, float]) -> str |
     return None
 
 
+def share_of_tolerance(actual: Any, expected: Any, tolerance: tuple[float, float]) -> float:
+    """Of results that `compare` accepts: the largest error as a share of what is allowed, 0 where none differs."""
+    pairs = zip(actual, expected, strict=True) if isinstance(actual, tuple) else [(actual, expected)]
+    shares = [0.0]
+    for a, e in pairs:
+        if a is None or not a.is_floating_point() or a.numel() == 0:
+            continue
+        rtol, atol = tolerance if a.dtype != torch.float32 else min(tolerance, TOLERANCE[torch.float32])
+        difference = (a.double() - e.double()).abs() / (atol + rtol * e.double().abs())
+        shares.append(difference.nan_to_num(0.0).max().item())  # equal infinities and NaN differ by nothing
+    return max(shares)
+
+
 def _rows(sample: Sample) -> int:
     x = sample.args[0]
     return x.numel() // x.shape[-1] if x.numel() else 0

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     doctor = commands.add_parser("doctor", help="versions and devices; runs every op against its reference")
+    doctor.add_argument("--json", action="store_true", help="the report as JSON alone, to go with a bug report")
     doctor.set_defaults(run=_doctor)
 
     commands.add_parser("bench", help="times every op against the machine's ceilings and other code", add_help=False)
@@ -227,7 +229,10 @@ def _info(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from twotower.doctor import examine
 
-    problems = examine()
+    report = examine((lambda line: None) if arguments.json else partial(print, flush=True))
+    if arguments.json:
+        print(json.dumps(report, indent=1))
+    problems = report["problems"]
     for problem in problems:
         say(f"twotower: error: {one_line(problem)}")
     return 1 if problems else 0
