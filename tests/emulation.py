@@ -75,22 +75,22 @@ def build(which: str, source: Path = ROOT) -> Path:
     where = folder(which, source)
     if not (where / "build.ninja").exists():
         command = [
-            _tool("cmake"), "-S", source / "tests" / "emulated", "-B", where, "-G", "Ninja", f"-DVARIANT={which}",
-            f"-DTORCH_ROOT={Path(sysconfig.get_path('platlib')) / 'torch'}", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
+            tool("cmake"), "-S", source / "tests" / "emulated", "-B", where, "-G", "Ninja", f"-DVARIANT={which}",
+            f"-DTORCH_ROOT={Path(sysconfig.get_path('platlib')) / 'torch'}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
         ]  # fmt: skip
         if (compiler := clang()) is not None:
             command.append(f"-DCMAKE_CXX_COMPILER={compiler}")
-        _run(command)
-    _run([_tool("cmake"), "--build", where])
+        run(command)
+    run([tool("cmake"), "--build", where])
     return where / "_emulated.so"
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else name
 
 
-def _run(command: list) -> None:
+def run(command: list) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout[-6000:]}{done.stderr[-2000:]}")

@@ -30,8 +30,8 @@ class AttentionGradient {
         queries_(p_.d),
         grads_(p_.d),
         by_queries_(p_.d),
-        weights_(round_up(most_keys_), kBlockRows),
-        by_weights_(round_up(most_keys_), kBlockRows),
+        weights_(p_.T + round_up(p_.L), kBlockRows),
+        by_weights_(p_.T + round_up(p_.L), kBlockRows),
         turned_(kBlockRows, most_keys_) {}
 
   void head(int64_t b, int64_t kv_head) {

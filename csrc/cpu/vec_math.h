@@ -82,8 +82,10 @@ void transform(A* v, int64_t n, F&& f) {
 }
 
 // to[i] = v[i], rounded to the storage type: what its constructor does, without branches.
-template <class A>
-void store_as(A* to, Vec<A> v) {
+inline void store_as(float* to, Vec<float> v) {
+  store(to, v);
+}
+inline void store_as(double* to, Vec<double> v) {
   store(to, v);
 }
 

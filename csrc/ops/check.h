@@ -96,7 +96,8 @@ template <int N>
 Rows<N> rows(const TensorView& t) {
   Rows<N> r;
   if (!t) return r;
-  r.data = t.data;
+  static char nothing;  // an empty tensor may have no memory, yet it is there, and kernels step along its rows
+  r.data = t.data ? t.data : &nothing;
   for (int i = 0; i < N; ++i) r.stride[i] = t.strides[i];
   return r;
 }
