@@ -2,6 +2,7 @@
 # make test   build, then run the tests          make lint   ruff, clang-format, mypy
 # make emulate  build and run the CUDA kernels on the host, under sanitizers, in every order of threads (docs/emulation.md)
 # make sanitize  the core under address, undefined-behaviour and thread sanitizers (clang)
+# make aarch64  the core cross-compiled, every op under qemu against its reference
 # make mutate   plant bugs in the kernels and see that they are caught; about an hour
 # make bench  build, then time every op and a model: table, benchmarks/results/local-cpu.json, docs/local-*.svg; under 10 min
 # make gpu    on a machine with an NVIDIA GPU, nvcc and a CUDA torch: build against that torch, run tests, sanitizers and suite
@@ -16,7 +17,7 @@ TESTED_CPP := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 OP_TESTS := $(addprefix tests/test_,edges.py golden_commit.py golden_ops.py gradients.py library.py linear.py ops.py commit_parts.py rows.py sampling.py split.py)
 PROGRESS := ^ *(\[[0-9]+/[0-9]+|-- CUDA kernels|Successfully installed)
 
-.PHONY: bench demo emulate mutate sanitize test test-build test-isa lint format gpu clean
+.PHONY: aarch64 bench demo emulate mutate sanitize test test-build test-isa lint format gpu clean
 
 .venv/tools: requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -51,6 +52,9 @@ test: .venv/built
 
 emulate: .venv/built
 	$(BIN)/python tests/emulate.py $(EMULATE)
+
+aarch64: .venv/built
+	$(BIN)/python tests/aarch64.py
 
 sanitize: .venv/built
 	$(BIN)/python tests/sanitize.py $(SANITIZE)

@@ -1,7 +1,7 @@
 """The core and its bindings under clang's sanitizers: `python tests/sanitize.py` builds and runs both, names choose.
 
 address: AddressSanitizer and UndefinedBehaviorSanitizer, on the tests of ops, arrays, gradients and the loader.
-thread: ThreadSanitizer, on ops called from several threads at once (tests/sanitized/threads.cpp).
+thread: ThreadSanitizer, on ops called from several threads at once (tests/native/threads.cpp).
 What cannot be built here is named; --all makes that a failure. CUDA kernels have their own (tests/emulate.py).
 """
 
@@ -43,10 +43,11 @@ def build(kind: str) -> Path:
             emulation.tool("cmake"), "-S", ROOT, "-B", where, "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={emulation.tool('ninja')}", f"-DCMAKE_CXX_COMPILER={emulation.clang()}",
             f"-DTORCH_ROOT={platlib / 'torch'}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DPython_EXECUTABLE={sys.executable}", "-DTWOTOWER_CUDA=OFF", "-DTWOTOWER_ISAS=v3", "-DCMAKE_BUILD_TYPE=Debug",
+            f"-DPython_EXECUTABLE={sys.executable}", "-DTWOTOWER_CUDA=OFF", "-DTWOTOWER_ISAS=v3",
+            "-DCMAKE_BUILD_TYPE=Debug", f"-DTWOTOWER_FACES={'ON' if kind == 'address' else 'OFF'}",
             f"-DCMAKE_CXX_FLAGS=-O1 -g1 -fno-omit-frame-pointer {FLAGS[kind]}",
         ])  # fmt: skip
-    emulation.run([emulation.tool("cmake"), "--build", where, *([] if kind == "address" else ["--target", "twotower"])])
+    emulation.run([emulation.tool("cmake"), "--build", where])
     package = where / "package" / "twotower_ext"
     package.mkdir(parents=True, exist_ok=True)
     sources = [p for p in (ROOT / "twotower_ext").iterdir() if p.suffix != ".so" and p.name != "__pycache__"]
@@ -74,7 +75,7 @@ def run_thread() -> int:
     program = where / "threads"
     emulation.run([
         emulation.clang(), "-std=c++20", "-O1", "-g1", *FLAGS["thread"].split(), "-o", program,
-        ROOT / "tests" / "sanitized" / "threads.cpp", where / "twotower_ext" / "libtwotower.so",
+        ROOT / "tests" / "native" / "threads.cpp", where / "twotower_ext" / "libtwotower.so",
         f"-Wl,-rpath,{where / 'twotower_ext'}", "-pthread",
     ])  # fmt: skip
     return subprocess.run([program], env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}).returncode
