@@ -14,10 +14,10 @@ using Commit = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 std::tuple<Tensor, OptionalTensor> rms_norm(const Tensor& x, const Tensor& weight, const OptionalTensor& shift,
                                             const OptionalTensor& scale, const OptionalTensor& delta,
-                                            const OptionalTensor& gate, double eps, std::string modulate) {
+                                            const OptionalTensor& gate, double eps, StringHandle modulate) {
   TorchFace f("rms_norm", x);
   ops::rms_norm(f, f.view("x", x), f.view("weight", weight), f.view("shift", shift), f.view("scale", scale),
-                f.view("delta", delta), f.view("gate", gate), eps, modulate);
+                f.view("delta", delta), f.view("gate", gate), eps, text(modulate));
   return {f.result(0), f.optional_result(1)};
 }
 
@@ -28,10 +28,10 @@ Tensor gated_group_rms_norm(const Tensor& y, const Tensor& z, const Tensor& weig
 }
 
 Pair causal_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                   const OptionalTensor& initial_state, std::string activation) {
+                   const OptionalTensor& initial_state, StringHandle activation) {
   TorchFace f("causal_conv1d", x);
   ops::causal_conv1d(f, f.view("x", x), f.view("weight", weight), f.view("bias", bias),
-                     f.view("initial_state", initial_state), activation);
+                     f.view("initial_state", initial_state), text(activation));
   return {f.result(0), f.result(1)};
 }
 
@@ -81,12 +81,12 @@ Pair moe_route(const Tensor& x, const Tensor& gate_weight, const Tensor& correct
 
 Tensor moe_experts(const Tensor& x, const Tensor& expert_ids, const Tensor& expert_weights, const Tensor& up,
                    const Tensor& down, const OptionalTensor& shared_up, const OptionalTensor& shared_down,
-                   std::string activation) {
+                   StringHandle activation) {
   TorchFace f("moe_experts", x);
   // Expert weights are described, never copied: a strided view of gigabytes is refused by name instead.
   ops::moe_experts(f, f.view("x", x), f.view("expert_ids", expert_ids), f.view("expert_weights", expert_weights),
                    f.describe("up", up), f.describe("down", down), f.describe("shared_up", shared_up),
-                   f.describe("shared_down", shared_down), activation);
+                   f.describe("shared_down", shared_down), text(activation));
   return f.result(0);
 }
 

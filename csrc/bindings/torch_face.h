@@ -69,6 +69,18 @@ inline void* current_stream(int device) {
   return stream;
 }
 
+// A string argument, whose memory is ours to give back. (Torch 2.11 to 2.13 leak the copy that they make for a
+// parameter of type std::string, at every call.)
+inline std::string text(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string copy(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return copy;
+}
+
 // Torch's own threads.
 inline void torch_team(int64_t n, cpu::Body body, const void* context) {
   torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
