@@ -4,6 +4,7 @@
 # make sanitize  the core under address, undefined-behaviour and thread sanitizers (clang)
 # make aarch64  the core cross-compiled, every op under qemu against its reference
 # make fuzz     random shapes of every op against float64: N=... calls for each op and dtype, SEED=... of the first
+# make fuzz-checkpoint  the loader under libFuzzer (atheris) for TIME=... seconds
 # make harden   the scoreboard of docs/reliability.md: fuzz, malformed calls, damaged checkpoints, repeats, a soak of an hour
 # make mutate   plant bugs in the kernels and see that they are caught; about an hour
 # make bench  build, then time every op and a model: table, benchmarks/results/local-cpu.json, docs/local-*.svg; under 10 min
@@ -19,7 +20,7 @@ TESTED_CPP := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 OP_TESTS := $(addprefix tests/test_,edges.py golden_commit.py golden_ops.py gradients.py library.py linear.py ops.py commit_parts.py rows.py sampling.py split.py)
 PROGRESS := ^ *(\[[0-9]+/[0-9]+|-- CUDA kernels|Successfully installed)
 
-.PHONY: aarch64 bench demo emulate fuzz harden mutate sanitize test test-build test-isa lint format gpu clean
+.PHONY: aarch64 bench demo emulate fuzz fuzz-checkpoint harden mutate sanitize test test-build test-isa lint format gpu clean
 
 .venv/tools: requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -60,6 +61,11 @@ aarch64: .venv/built
 
 fuzz: .venv/built
 	$(BIN)/python tests/fuzz.py --calls $(or $(N),1000) --seed $(or $(SEED),0) --json build/fuzz.json
+
+fuzz-checkpoint: .venv/built
+	$(BIN)/pip install --quiet atheris
+	mkdir -p build/corpus
+	$(BIN)/python tests/fuzz_checkpoint.py -max_total_time=$(or $(TIME),60) -max_len=40000 build/corpus tests/corpus/checkpoint
 
 harden: .venv/built
 	$(BIN)/python tests/harden.py --write $(HARDEN)

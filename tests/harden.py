@@ -186,6 +186,48 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+# --- what must not matter --------------------------------------------------------------------------------------------
+
+
+def try_permutation(seed: int) -> str | None:
+    """moe_experts of tokens in another order: the same rows, bit for bit."""
+    sample = SHAPES["moe_experts"](Draw(seed, torch.bfloat16))
+    order = torch.randperm(sample.args[0].shape[0], generator=torch.Generator().manual_seed(seed))
+    y = OPS["moe_experts"].op(*sample.args, **sample.kwargs)
+    moved = OPS["moe_experts"].op(*(a[order] for a in sample.args[:3]), *sample.args[3:], **sample.kwargs)
+    return None if torch.equal(moved.nan_to_num(), y[order].nan_to_num()) else f"moe_experts, seed {seed}: other bits"
+
+
+def try_pieces(seed: int) -> str | None:
+    """ssd_scan and causal_conv1d in two pieces with the state handed on, and the scan in other chunks."""
+    draw = Draw(seed, torch.float32)
+    sample = SHAPES["ssd_scan"](draw)
+    x, dt, a_log, b, c, d, dt_bias, state = sample.args
+    scan, cut = OPS["ssd_scan"].op, draw.random.randint(0, x.shape[1])
+    whole = scan(*sample.args, chunk_size=16)
+    first = scan(x[:, :cut], dt[:, :cut], a_log, b[:, :cut], c[:, :cut], d, dt_bias, state, chunk_size=16)
+    second = scan(x[:, cut:], dt[:, cut:], a_log, b[:, cut:], c[:, cut:], d, dt_bias, first[1], chunk_size=16)
+    pieces = torch.cat([first[0], second[0]], 1), second[1]
+    for what, found in (("pieces", pieces), ("chunks", scan(*sample.args, chunk_size=draw.size(40, 1)))):
+        for got, wanted in zip(found, whole, strict=True):
+            scale = wanted.abs().max().item() if wanted.numel() else 0.0
+            if not torch.allclose(got, wanted, rtol=2e-5, atol=2e-5 * max(scale, 1)):
+                return f"ssd_scan in {what}, seed {seed}"
+    sample = SHAPES["causal_conv1d"](draw)
+    x, weight, bias, state = sample.args
+    cut = draw.random.randint(0, x.shape[1])
+    conv = OPS["causal_conv1d"].op
+    y, final = conv(*sample.args, **sample.kwargs)
+    y1, between = conv(x[:, :cut], weight, bias, state, **sample.kwargs)
+    y2, end = conv(x[:, cut:], weight, bias, between, **sample.kwargs)
+    same = torch.equal(torch.cat([y1, y2], 1), y) and torch.equal(end, final)
+    return None if same else f"causal_conv1d in pieces, seed {seed}"
+
+
+def try_order(seed: int) -> str | None:
+    return try_permutation(seed) or try_pieces(seed)
+
+
 # --- the board -------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +277,7 @@ def board(options: argparse.Namespace) -> dict[str, Outcome]:
             "tried": options.repeats * len(names),
             "failures": [w for n in tqdm(names, desc="repeats", disable=None) if (w := repeated(n, options.repeats))],
         },
+        "order, pieces, chunks": in_child(try_order, range(first, first + options.properties), "properties"),
         "soak": soak(options.soak),
     }
 
@@ -247,6 +290,8 @@ WHAT = {
     "damaged checkpoints": "checkpoints with a damaged config, header, offset or length: each an error that names the "
     "file",
     "repeated runs": "runs with 1, 2 and 3 threads in turn: the same bits",
+    "order, pieces, chunks": "draws of tokens in another order, sequences in two pieces, scans in other chunks: the "
+    "same results, bit for bit but for the scan",
     "soak": "generations from the demo model, all modes, one after the other: memory stays flat",
 }
 
@@ -265,6 +310,7 @@ def main() -> int:
     parser.add_argument("--malformed", type=int, default=500)
     parser.add_argument("--checkpoints", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=1000, help="runs an op")
+    parser.add_argument("--properties", type=int, default=2000)
     parser.add_argument("--soak", type=float, default=3600, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "harden.json")
