@@ -1,8 +1,8 @@
 """A libFuzzer target for the loader, by atheris: `make fuzz-checkpoint TIME=600`.
 
 The first byte of an input says what the rest is: the config, the index of shards, or the file of weights of a
-checkpoint that is otherwise in order. Whatever it holds, the loader may raise TypeError, ValueError or OSError and has to
-name the checkpoint. tests/corpus/checkpoint holds where to begin; its files are tests too (tests/test_harden.py).
+checkpoint that is otherwise in order. Whatever it holds, the loader may raise TypeError, ValueError or OSError, and has
+to name the checkpoint. tests/corpus/checkpoint holds where to begin; its files are tests too (tests/test_harden.py).
 """
 
 from __future__ import annotations

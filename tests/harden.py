@@ -83,6 +83,9 @@ def try_malformed(seed: int) -> str | None:
 # --- checkpoints that cannot be loaded -------------------------------------------------------------------------------
 
 
+UNUSED = "intermediate_size"  # of a kind of layer that the model does not have
+
+
 def damage_checkpoint(folder: Path, r: random.Random) -> str:
     """Damages the config, the header of the weights or the length of the file; says how."""
     config, weights = folder / "config.json", folder / "model.safetensors"
@@ -92,7 +95,7 @@ def damage_checkpoint(folder: Path, r: random.Random) -> str:
     if how == 0:
         raw = json.loads(config.read_text())
         sizes = ("_size", "_heads", "_layers", "_experts", "_groups", "head_dim")
-        field = r.choice([k for k, v in raw.items() if k.endswith(sizes) and type(v) is int and v > 1])
+        field = r.choice([k for k, v in raw.items() if k.endswith(sizes) and type(v) is int and v > 1 and k != UNUSED])
         raw[field] = r.choice((-1, 0, 10**15, "8", None, 2.5, [raw[field]]))
         config.write_text(json.dumps(raw))
         return f"{field} is {raw[field]!r}"
