@@ -198,7 +198,6 @@ STREAMED = (
         ("streamed: a token beyond the item is stored", "if (token >= item.count) continue;", "if (token > item.count) continue;"),
         ("streamed: rows beyond the expert are stored", "if (output + 8 < width) store_hidden", "if (output < width) store_hidden"),
         ("streamed: the pass's first tokens are gathered", "p.x.at<const T>(pass.first + (shared", "p.x.at<const T>((shared"),
-        ("streamed: pairs of no expert are gathered", "if (!shared && row >= pass.start[p.E]) return;", ""),
     ),
     *planted(
         "kernels/moe_stream_queue.cuh", "moe_experts", "kernels_moe_sm90", "",
@@ -218,6 +217,10 @@ STREAMED = (
         ("streamed: float16's numbers of another token", ": row) * Traits::kNumbers;", ": row);"),
         ("streamed: half of float16's numbers are copied", "rows *= Traits::kNumbers;", ""),
         ("streamed: float16's first number overflows", "scaled * scaled > kLargest * kLargest ? largest : scaled", "scaled"),
+    ),
+    *planted(
+        "kernels/moe_stream.cuh", "moe_experts", "kernels_moe", "of_no_expert",
+        ("streamed: pairs of no expert are gathered", "if (!shared && row >= pass.start[p.E]) return;", ""),
     ),
     *planted(
         "kernels/moe_stream.cu", "moe_experts", "kernels_moe_sm90", "",
