@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import sys
 import time
@@ -22,6 +23,7 @@ from . import machine, outcomes, process, results, sanitizer
 ROOT = machine.ROOT
 MINUTES = 9.0  # for everything, the build included
 TESTS_SECONDS = 180.0
+WORKERS = 8  # that run tests beside one another: each has a GPU context of its own
 SANITIZER_SECONDS = 180.0
 SUITE_SECONDS = 90.0  # that sanitizers leave to the suite
 SPARE_SECONDS = 20.0  # at the end, for a suite that takes longer than it was told
@@ -50,14 +52,24 @@ def gpu_tests() -> list[str]:
     return [str(f) for f in files if re.search("|".join(marks), f.read_text(), re.MULTILINE)]
 
 
+def runner_options(seconds: float) -> list[str]:
+    """Workers beside one another that are replaced when a kernel takes one down, and an end for a test that hangs,
+    where the plugins for it are installed; a test that hangs tells where in any case."""
+    options = ["-o", f"faulthandler_timeout={max(seconds / 2, 1):.0f}"]
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--max-worker-restart", "99"]
+    if importlib.util.find_spec("pytest_timeout"):
+        options += ["--timeout", f"{max(seconds / 3, 1):.0f}", "--timeout-method", "thread"]
+    return options
+
+
 def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
     """Counts and names of the GPU tests, also of a run that was cut off (exit_code null)."""
     started = time.monotonic()
     names = folder / "local-gpu-tests.jsonl"
     names.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", *outcomes.PLUGIN, *gpu_tests()]
-    # A test that hangs tells where.
-    command += ["-o", f"faulthandler_timeout={max(seconds / 2, 1):.0f}"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", *outcomes.PLUGIN, *runner_options(seconds)]
+    command += gpu_tests()
     code = process.run(command, seconds, ROOT, {outcomes.VARIABLE: str(names)})
     found = outcomes.summary(outcomes.read(names))
     return {"exit_code": code, **found, "seconds": round(time.monotonic() - started, 1)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -80,6 +82,27 @@ def little_benchmarks(monkeypatch):
     monkeypatch.setattr(ceilings, "LEAST_BYTES", 2**22)
     monkeypatch.setattr(ceilings, "CACHES_OVER", 0)
     monkeypatch.setattr(ceilings, "MATMUL_SIZES", {"cpu": (64,)})
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A kernel that faults takes the process's GPU context with it, and all tests after it would fail for nothing."""
+    try:
+        return (yield)
+    finally:
+        if item.get_closest_marker("gpu") and torch.cuda.is_available():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                _give_up(f"{item.nodeid} has lost the GPU's context: {error}")
+
+
+def _give_up(reason: str) -> None:
+    """Ends the run; of parallel workers (pytest-xdist) this one, which is replaced."""
+    print(reason, file=sys.stderr, flush=True)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(3)
+    pytest.exit(reason, returncode=3)
 
 
 def pytest_collection_modifyitems(items):

@@ -71,11 +71,13 @@ def _built_for_the_gpu() -> tuple[Path, str]:
     newest = max(path.stat().st_mtime for path in (*SOURCES, *HEADERS))
     if not GPU_LIBRARY.exists() or GPU_LIBRARY.stat().st_mtime < newest:
         GPU_LIBRARY.parent.mkdir(exist_ok=True)
+        building = GPU_LIBRARY.with_suffix(f".{os.getpid()}.so")  # other workers may be building it, too
         command = [
             nvcc(), "-std=c++20", _architecture(), "-lineinfo", "--threads", "0", "-shared", "--cudart", "static",
-            "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "-o", GPU_LIBRARY, *SOURCES,
+            "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "-o", building, *SOURCES,
         ]  # fmt: skip  # with line numbers, so that compute-sanitizer names the line
         built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode != 0:
             return GPU_LIBRARY, built.stdout + built.stderr
+        building.replace(GPU_LIBRARY)
     return GPU_LIBRARY, ""
