@@ -87,7 +87,7 @@ int64_t moe_experts_workspace(const ExpertsParams& params) {
   const ExpertsParams p = without_idle_slots(params);
   const int64_t tokens = pass_tokens(p), bytes = kernels::lay_out_pass(p, tokens).second;
   const StreamedTile* streamed = streamed_tile(p, tokens_served(p, tokens));
-  return streamed ? std::max(bytes, streamed_workspace(p, *streamed, tokens)) : bytes;  // whatever the device
+  return streamed ? std::max(bytes, streamed_workspace(p, tokens)) : bytes;  // whatever the device
 }
 
 void moe_experts(const ExpertsParams& params, void* stream) {

@@ -5,21 +5,15 @@
 
 namespace twotower::kernels {
 
-// By the first kThreads threads of each block. Where `out` has two parts, an element of it is their sum.
-template <class T, int kThreads, int kParts = 1>
+// By the first kThreads threads of each block.
+template <class T, int kThreads>
 __device__ void combine(const ExpertsParams& p, const ExpertsPass& pass) {
   constexpr int kVector = 4, kSlots = 8;  // kSlots loads under way at a time
   using Sum = simt::Vector<float, kVector>;
   constexpr int kSlice = kThreads * kVector;  // columns of a token that a block sums at a time
   const int k = static_cast<int>(p.k), slices = static_cast<int>(ceil_div(p.D, kSlice));
   const auto load = [&](int64_t row, int column) {
-    const float* from = pass.out + row * padded(p.D) + column;
-    Sum out = simt::load<float, kVector>(from);
-    if constexpr (kParts == 2) {
-      const Sum second = simt::load<float, kVector>(from + (pass.pairs + pass.tokens) * padded(p.D));
-      for (int j = 0; j < kVector; ++j) out.at[j] += second.at[j];
-    }
-    return out;
+    return simt::load<float, kVector>(pass.out + row * padded(p.D) + column);
   };
   for (int i = static_cast<int>(simt::block_index()); i < pass.tokens * slices;
        i += static_cast<int>(simt::block_count())) {

@@ -30,7 +30,7 @@ struct ExpertsPass {
   uint32_t* taken;  // [2] items that blocks have taken from the queue of each product; streamed, from one for both,
                     //     and finished items of all first products
   void* hidden;     // [pairs, F], then [tokens, shared_F], rows padded: what the first product gives
-  float* out;       // [parts, pairs + tokens, D], rows padded: what the second product gives
+  float* out;       // [pairs + tokens, D], rows padded: what the second product gives
   // Whether all rows start at multiples of 16 bytes (up and down: those of the shared expert too).
   bool x_aligned, up_aligned, down_aligned, y_aligned;
 };
@@ -45,9 +45,8 @@ TWOTOWER_HD constexpr int64_t padded(int64_t columns) {
   return ceil_div(columns, 8) * 8;
 }
 
-// A pass of `tokens` tokens with its arrays laid out in the workspace, `out` as so many parts that are to be summed;
-// and how many bytes they take.
-inline std::pair<ExpertsPass, int64_t> lay_out_pass(const ExpertsParams& p, int64_t tokens, int parts = 1) {
+// A pass of `tokens` tokens with its arrays laid out in the workspace, and how many bytes they take.
+inline std::pair<ExpertsPass, int64_t> lay_out_pass(const ExpertsParams& p, int64_t tokens) {
   ExpertsPass pass{.first = 0, .tokens = tokens, .pairs = tokens * p.k};
   int64_t used = 0;
   const auto take = [&]<class T>(T*& array, int64_t bytes) {
@@ -64,12 +63,13 @@ inline std::pair<ExpertsPass, int64_t> lay_out_pass(const ExpertsParams& p, int6
   take(pass.down_ready, sizeof(uint32_t));
   take(pass.taken, 2 * sizeof(uint32_t));
   take(pass.hidden, hidden * (p.dtype == DType::bf16 ? 2 : 4));
-  take(pass.out, parts * (pass.pairs + tokens) * padded(p.D) * sizeof(float));
+  take(pass.out, (pass.pairs + tokens) * padded(p.D) * sizeof(float));
   return {pass, used};
 }
 
-// A pass reads every visited expert's weights once; its size bounds the workspace (220 MB for 6 slots, D 2688, F 1856).
-constexpr int64_t kPassTokens = 2048, kPassPairs = 8 * kPassTokens;
+// A pass reads every visited expert's weights once; its size bounds the workspace (1.2 GB for 6 slots, D 2688, F 1856,
+// half of what one layer's weights take there).
+constexpr int64_t kPassTokens = 8192, kPassPairs = 8 * kPassTokens;
 
 // Passes of the same size, so that all take the same kernel.
 inline int64_t pass_tokens(const ExpertsParams& p) {

@@ -1,14 +1,15 @@
-// moe_experts on Hopper, for few tokens an expert: both products in one launch that streams weights at the speed of
-// memory. Blocks take items (expert, 64 rows of weights, a tile of tokens) from one queue: all of h = activation(up x),
-// then all of out = down h; then they share out y = the weighted sum of out. One thread of a block copies an item's
-// operands through a ring of stages, running ahead of the items by all of the ring, and a warpgroup multiplies: the
-// weights are the m64 operand of wgmma, the tokens its n operand.
+// moe_experts on Hopper: both products in one launch that reads weights at the speed of memory while there are few
+// tokens, and multiplies at the speed of tensor cores when there are many. Blocks take items (expert, 128 rows of
+// weights, a tile of tokens) from one queue: all of h = activation(up x), then all of out = down h; then they share out
+// y = the weighted sum of out. One thread of a block copies an item's operands through a ring of stages, running ahead
+// of the items by all of the ring, and two warpgroups multiply 64 rows each: the weights are the m64 operand of wgmma,
+// the tokens its n operand, which is as wide as the item has tokens.
 //
 // No wait can deadlock. Items are taken in the queue's order, and every block finishes what it has taken: items of the
 // first product wait for nothing, those of the second for items that have been taken before, the sums for items alone.
 //
-// A token's result depends on nothing but the token: each element adds its terms in the order of columns, the second
-// product in two halves, which are then added; and the sum over a token's experts goes by slot.
+// A token's result depends on nothing but the token: each element adds its terms in the order of columns, whatever the
+// width of the product, and the sum over a token's experts goes by slot.
 #pragma once
 
 #include "moe_combine.cuh"
@@ -21,7 +22,7 @@ struct StreamSmem {
   typename Traits::Stage stages[Traits::kStages];
   simt::Barrier full[Traits::kStages], empty[Traits::kStages];
   StreamItem items[Traits::kStages];  // which item starts in the stage
-  // Copies of the pass's: finding an item among them takes a fraction of a microsecond, of which an item has three.
+  // Copies of the pass's: finding an item among them takes a fraction of a microsecond, of which an item has some ten.
   int32_t start[kMaxStreamedExperts + 1], tiles[kMaxStreamedExperts + 1];
 };
 
@@ -47,24 +48,25 @@ __device__ void copy_item(const StreamParams& s, const StreamQueue<Traits>& queu
   constexpr int kRowBytes = Traits::kColumns * sizeof(typename Traits::T);
   const bool shared = queue.is_shared(item.at.expert), grouped = !item.down && queue.gated();
   const simt::TensorMap& weights = item.down ? (shared ? s.shared_down : s.down) : (shared ? s.shared_up : s.up);
-  const simt::TensorMap& tokens = item.down ? (shared ? s.shared_hidden : s.hidden) : s.x;
+  const RowMaps& maps = item.down ? (shared ? s.shared_hidden : s.hidden) : s.x;
   const int output = item.at.output, expert = shared ? 0 : item.at.expert;
-  int row = item.at.row, rows = queue.multiplied(item);
+  int row = item.at.row, rows = product_width(item.at.count);
   if (item.down) {
     row = (shared ? row - static_cast<int>(queue.pass.pairs) : row) * Traits::kNumbers;
     rows *= Traits::kNumbers;
   }
+  const int box = rows <= kFew ? kFew : Traits::kBox, boxes = ceil_div(rows, box);
+  const simt::TensorMap& tokens = rows <= kFew ? maps.few : maps.box;
   const int steps = queue.steps(item);
-  int column = queue.first_column(item);
-  for (int step = 0; step < steps; ++step, column += Traits::kColumns) {
+  for (int step = 0, column = 0; step < steps; ++step, column += Traits::kColumns) {
     simt::Barrier& full = smem.full[ring.stage];
     smem.empty[ring.stage].wait(ring.parity ^ 1);
     if (step == 0) smem.items[ring.stage] = item;
-    full.arrive_expecting((Traits::kRows + rows) * kRowBytes);
+    full.arrive_expecting((Traits::kRows + boxes * box) * kRowBytes);
     simt::copy_tile(simt::shared_address(smem.stages[ring.stage].weights), weights, full,
                     {column, grouped ? 0 : output, 0, grouped ? output / 8 : 0, expert});
     const uint32_t to = simt::shared_address(smem.stages[ring.stage].tokens);
-    for (int i = 0; i < rows; i += 8) simt::copy_tile(to + i * kRowBytes, tokens, full, {column, row + i});
+    for (int i = 0; i < boxes; ++i) simt::copy_tile(to + i * box * kRowBytes, tokens, full, {column, row + i * box});
     ring.advance();
   }
 }
@@ -90,11 +92,16 @@ __device__ void copy_items(const StreamParams& s, const StreamQueue<Traits>& que
   }
 }
 
-// --- the warpgroup that multiplies -----------------------------------------------------------------------------------
+// --- the warpgroups that multiply ------------------------------------------------------------------------------------
+
+__device__ inline int warpgroup() {
+  return simt::warp() * simt::kWarp / simt::kWarpgroup;
+}
 
 // d = the sum of so many steps; each stage is given back as soon as the products have read it.
 template <class Traits, int N>
 __device__ void multiply_steps(float (&d)[N / 2], int steps, StreamSmem<Traits>& smem, Ring<Traits>& ring) {
+  constexpr int kGroupBytes = sizeof(smem.stages[0].weights) / Traits::kGroups;
   const auto give_back = [&](int stage) {
     if (simt::lane() == 0) smem.empty[stage].arrive();
   };
@@ -103,7 +110,7 @@ __device__ void multiply_steps(float (&d)[N / 2], int steps, StreamSmem<Traits>&
   int last = 0;
   for (int step = 0; step < steps; ++step) {
     smem.full[ring.stage].wait(ring.parity);
-    const uint32_t weights = simt::shared_address(smem.stages[ring.stage].weights);
+    const uint32_t weights = simt::shared_address(smem.stages[ring.stage].weights) + warpgroup() * kGroupBytes;
     const uint32_t tokens = simt::shared_address(smem.stages[ring.stage].tokens);
     simt::wgmma_begin();
     SIMT_UNROLL
@@ -116,10 +123,10 @@ __device__ void multiply_steps(float (&d)[N / 2], int steps, StreamSmem<Traits>&
     ring.advance();
   }
   simt::wgmma_wait<0>(d);
-  give_back(last);
+  if (steps > 0) give_back(last);
 }
 
-// Where this thread's elements of a 64 x N product stand: d[4 j + 2 i ...] are of row(i) and columns column(j), + 1.
+// Where this thread's elements of a 128 x N product stand: d[4 j + 2 i ...] are of row(i) and columns column(j), + 1.
 __device__ inline int product_row(int i) {
   return simt::warp() * 16 + simt::lane() / 4 + 8 * i;
 }
@@ -130,47 +137,56 @@ __device__ inline int product_column(int j) {
 // h = kFirst a + kSecond b, where it is two numbers: up to 8 million, with an error of 2⁻²² of it or 2⁻²⁹.
 constexpr float kFirst = 128, kSecond = 1.f / 16;
 
-// One value of h: its number, or its two.
+// Two neighbouring values of h: their numbers, or their two each.
 template <class Traits>
-__device__ void store_hidden(typename Traits::T* to, int stride, float h) {
+__device__ void store_hidden(typename Traits::T* to, int stride, const float (&h)[2]) {
   using T = typename Traits::T;
-  if constexpr (Traits::kTwoNumbers) {
-    constexpr float kLargest = 65504;
-    const float scaled = h / kFirst;
-    const float largest = scaled < 0.f ? -kLargest : kLargest;  // of a; b then overflows, as h does
-    const T a = T(scaled * scaled > kLargest * kLargest ? largest : scaled);
-    to[0] = a;
-    to[stride] = T((h - kFirst * float(a)) / kSecond);
-  } else {
-    to[0] = T(h);
+  simt::Vector<T, 2> first, second;
+  SIMT_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    if constexpr (Traits::kTwoNumbers) {
+      constexpr float kLargest = 65504;
+      const float scaled = h[i] / kFirst;
+      const float largest = scaled < 0.f ? -kLargest : kLargest;  // of a; b then overflows, as h does
+      first.at[i] = T(scaled * scaled > kLargest * kLargest ? largest : scaled);
+      second.at[i] = T((h[i] - kFirst * float(first.at[i])) / kSecond);
+    } else {
+      first.at[i] = T(h[i]);
+    }
   }
+  simt::store(to, first);
+  if constexpr (Traits::kTwoNumbers) simt::store(to + stride, second);
 }
 
+// Two lanes whose rows are neighbours have two tokens each; they exchange values, so that each has both rows' of one.
 template <class Traits, int N>
 __device__ void store_up(const StreamQueue<Traits>& queue, const ExpertsItem& item, const float (&d)[N]) {
+  using T = typename Traits::T;
   const int width = queue.width(item.expert), stride = queue.hidden_stride(item.expert);
+  const int odd = simt::lane() / 4 % 2, groups = queue.gated() ? 1 : 2;
+  const int output = item.output + (queue.gated() ? simt::warp() * 8 + simt::lane() / 4 : product_row(0)) - odd;
+  const int64_t step = int64_t{8 * Traits::kNumbers} * stride;
+  T* to = reinterpret_cast<T*>(queue.hidden_row(item.expert, item.row + product_column(0) + odd)) + output;
   SIMT_UNROLL
-  for (int j = 0; j < N / 4; ++j) {
+  for (int j = 0; j < N / 4; ++j, to += step) {
+    const bool stored = product_column(j) + odd < item.count;
     SIMT_UNROLL
-    for (int t = 0; t < 2; ++t) {
-      const int token = product_column(j) + t;
-      if (token >= item.count) continue;
-      auto* to = reinterpret_cast<typename Traits::T*>(queue.hidden_row(item.expert, item.row + token));
-      const float first = d[4 * j + t], second = d[4 * j + 2 + t];
-      if (queue.gated()) {
-        const int output = item.output + simt::warp() * 8 + simt::lane() / 4;
-        if (output < width) store_hidden<Traits>(to + output, stride, silu_gate(first, second));
-      } else {
-        const int output = item.output + product_row(0);
-        if (output < width) store_hidden<Traits>(to + output, stride, relu2(first));
-        if (output + 8 < width) store_hidden<Traits>(to + output + 8, stride, relu2(second));
+    for (int group = 0; group < 2; ++group) {
+      if (group >= groups) continue;
+      float v[2];
+      SIMT_UNROLL
+      for (int t = 0; t < 2; ++t) {
+        const float first = d[4 * j + 2 * group + t];
+        v[t] = queue.gated() ? silu_gate(first, d[4 * j + 2 + t]) : relu2(first);
       }
+      const float theirs = simt::shuffle_xor(odd ? v[0] : v[1], 4);
+      const float both[2] = {odd ? theirs : v[0], odd ? v[1] : theirs};
+      if (stored && output + 8 * group < width) store_hidden<Traits>(to + 8 * group, stride, both);
     }
   }
 }
 
-// In place: the product with h from those with its numbers, in even elements. Before anything is added to it, so that
-// all tiles round alike.
+// In place: the product with h from those with its numbers, in even elements.
 template <class Traits, int N>
 __device__ void join_numbers(float (&d)[N]) {
   if constexpr (Traits::kTwoNumbers) {
@@ -180,48 +196,41 @@ __device__ void join_numbers(float (&d)[N]) {
 }
 
 template <class Traits, int N>
-__device__ void store_down(const StreamQueue<Traits>& queue, const StreamItem& item, const float (&d)[N]) {
-  const ExpertsPass& pass = queue.pass;
-  const int D = static_cast<int>(queue.p.D), stride = static_cast<int>(padded(D));
-  float* out = pass.out + (item.half * (pass.pairs + pass.tokens) + item.at.row) * stride;
-  const auto store = [&](int token, int i, float value) {
-    const int output = item.at.output + product_row(i);
-    if (token < item.at.count && output < D) out[int64_t{token} * stride + output] = value;
-  };
+__device__ void store_down(const StreamQueue<Traits>& queue, const ExpertsItem& item, const float (&d)[N]) {
+  const int D = static_cast<int>(queue.p.D), output = item.output + product_row(0);
+  const int64_t stride = padded(D);
+  int token = product_column(0) / Traits::kNumbers;
+  float* to = queue.pass.out + (item.row + token) * stride + output;
+  const bool present[2] = {output < D, output + 8 < D};
   SIMT_UNROLL
-  for (int j = 0; j < N / 4; ++j) {
+  for (int j = 0; j < N / 4; ++j, token += 8 / Traits::kNumbers, to += 8 / Traits::kNumbers * stride) {
     SIMT_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      store(product_column(j) / Traits::kNumbers, i, d[4 * j + 2 * i]);
-      if constexpr (!Traits::kTwoNumbers) store(product_column(j) + 1, i, d[4 * j + 2 * i + 1]);
+    for (int t = 0; t < 2 / Traits::kNumbers; ++t) {
+      if (token + t >= item.count) continue;
+      SIMT_UNROLL
+      for (int i = 0; i < 2; ++i)
+        if (present[i]) to[t * stride + 8 * i] = d[4 * j + 2 * i + t];
     }
   }
 }
 
-// With the width of products that StreamQueue::multiplied says.
-template <class Traits, int kTokens = Traits::kTokens>
+// With products of product_width(item.count) columns, N of them at most.
+template <class Traits, int N = Traits::kTokens>
 __device__ void multiply_item(const StreamQueue<Traits>& queue, const StreamItem& item, StreamSmem<Traits>& smem,
                               Ring<Traits>& ring) {
-  if constexpr (kTokens > 8)
-    if (item.at.count <= kTokens / 2) return multiply_item<Traits, kTokens / 2>(queue, item, smem, ring);
+  constexpr int kNarrower = N <= 32 ? N / 2 : N - 32;
+  if constexpr (N > 8)
+    if (item.at.count <= kNarrower) return multiply_item<Traits, kNarrower>(queue, item, smem, ring);
+  const int steps = queue.steps(item);
   if (!item.down) {
-    float d[kTokens / 2];
-    multiply_steps<Traits, kTokens>(d, queue.steps(item), smem, ring);
+    float d[N / 2];
+    multiply_steps<Traits, N>(d, steps, smem, ring);
     store_up(queue, item.at, d);
   } else {
-    constexpr int kN = Traits::kNumbers * kTokens;
-    const int steps = queue.steps_of_half(item.at.expert);
-    float d[kN / 2];
-    multiply_steps<Traits, kN>(d, steps, smem, ring);
+    float d[Traits::kNumbers * N / 2];
+    multiply_steps<Traits, Traits::kNumbers * N>(d, steps, smem, ring);
     join_numbers<Traits>(d);
-    if constexpr (!Traits::kSplit) {
-      float second[kN / 2];
-      multiply_steps<Traits, kN>(second, steps, smem, ring);
-      join_numbers<Traits>(second);
-      SIMT_UNROLL
-      for (int i = 0; i < kN / 2; ++i) d[i] += second[i];
-    }
-    store_down(queue, item, d);
+    store_down(queue, item.at, d);
   }
 }
 
@@ -234,8 +243,8 @@ __device__ void multiply_items(const StreamQueue<Traits>& queue, StreamSmem<Trai
     simt::warp_sync();  // all lanes have read it before the first of them gives the stage back
     if (item.at.expert < 0) return;
     multiply_item(queue, item, smem, ring);
-    simt::warpgroup_sync();  // all of the item is stored
-    if (simt::thread_index() == 0) queue.signal(item);
+    simt::warpgroup_sync();  // all of the warpgroup's part is stored
+    if (simt::thread_index() % simt::kWarpgroup == 0) queue.signal(item);
   }
 }
 
@@ -264,9 +273,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(SIMT_CO
       return;
     }
     multiply_items(queue, smem);
-    if (simt::thread_index() == 0) queue.wait_for_all();
+    if (simt::thread_index() % simt::kWarpgroup == 0) queue.wait_for_all();
     simt::warpgroup_sync();
-    combine<typename Traits::T, Traits::kConsumers, StreamQueue<Traits>::kHalves>(s.p, s.pass);
+    combine<typename Traits::T, Traits::kConsumers>(s.p, s.pass);
   }
 }
 

@@ -12,6 +12,7 @@
 
 #include "launch.h"
 #include "tensor_map.h"
+#include "widths.h"
 
 // A statically sized array in shared memory, uninitialised.
 #define SIMT_SHARED(T, name, N) __shared__ T name[N]

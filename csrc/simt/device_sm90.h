@@ -116,37 +116,51 @@ __device__ void wgmma_wait(float (&d)[N]) {
   }
 }
 
+// Of d: operands from element i on, and their names.
 #define SIMT_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SIMT_D8(i)                                                                                            \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-      "+f"(d[i + 7])
+#define SIMT_D8(i) SIMT_D4(i), SIMT_D4(i + 4)
 #define SIMT_D16(i) SIMT_D8(i), SIMT_D8(i + 8)
 #define SIMT_D32(i) SIMT_D16(i), SIMT_D16(i + 16)
+#define SIMT_D64(i) SIMT_D32(i), SIMT_D32(i + 32)
 #define SIMT_R4 "%0, %1, %2, %3"
-#define SIMT_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define SIMT_R8 SIMT_R4 ", %4, %5, %6, %7"
 #define SIMT_R16 SIMT_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define SIMT_R32 SIMT_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define SIMT_R64                                                                                                     \
-  SIMT_R32                                                                                                           \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
-  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SIMT_R48 SIMT_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define SIMT_R64 SIMT_R48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SIMT_R80 SIMT_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define SIMT_R96 SIMT_R80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define SIMT_R112 \
+  SIMT_R96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define SIMT_R128 \
+  SIMT_R112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define SIMT_WGMMA(SHAPE, TYPE, REGISTERS, A, B, ...)                                                    \
   asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B \
                ", 1, 1, 1, "                                                                             \
                "0, 0;"                                                                                   \
                : __VA_ARGS__                                                                             \
                : "l"(left), "l"(right))
-#define SIMT_WGMMA_OF(TYPE)                                             \
-  if constexpr (N == 8)                                                 \
-    SIMT_WGMMA("m64n8k16", TYPE, SIMT_R4, "%4", "%5", SIMT_D4(0));      \
-  else if constexpr (N == 16)                                           \
-    SIMT_WGMMA("m64n16k16", TYPE, SIMT_R8, "%8", "%9", SIMT_D8(0));     \
-  else if constexpr (N == 32)                                           \
-    SIMT_WGMMA("m64n32k16", TYPE, SIMT_R16, "%16", "%17", SIMT_D16(0)); \
-  else if constexpr (N == 64)                                           \
-    SIMT_WGMMA("m64n64k16", TYPE, SIMT_R32, "%32", "%33", SIMT_D32(0)); \
-  else                                                                  \
-    SIMT_WGMMA("m64n128k16", TYPE, SIMT_R64, "%64", "%65", SIMT_D32(0), SIMT_D32(32))
+#define SIMT_WGMMA_OF(TYPE)                                                                             \
+  if constexpr (N == 8)                                                                                 \
+    SIMT_WGMMA("m64n8k16", TYPE, SIMT_R4, "%4", "%5", SIMT_D4(0));                                      \
+  else if constexpr (N == 16)                                                                           \
+    SIMT_WGMMA("m64n16k16", TYPE, SIMT_R8, "%8", "%9", SIMT_D8(0));                                     \
+  else if constexpr (N == 32)                                                                           \
+    SIMT_WGMMA("m64n32k16", TYPE, SIMT_R16, "%16", "%17", SIMT_D16(0));                                 \
+  else if constexpr (N == 64)                                                                           \
+    SIMT_WGMMA("m64n64k16", TYPE, SIMT_R32, "%32", "%33", SIMT_D32(0));                                 \
+  else if constexpr (N == 96)                                                                           \
+    SIMT_WGMMA("m64n96k16", TYPE, SIMT_R48, "%48", "%49", SIMT_D32(0), SIMT_D16(32));                   \
+  else if constexpr (N == 128)                                                                          \
+    SIMT_WGMMA("m64n128k16", TYPE, SIMT_R64, "%64", "%65", SIMT_D64(0));                                \
+  else if constexpr (N == 160)                                                                          \
+    SIMT_WGMMA("m64n160k16", TYPE, SIMT_R80, "%80", "%81", SIMT_D64(0), SIMT_D16(64));                  \
+  else if constexpr (N == 192)                                                                          \
+    SIMT_WGMMA("m64n192k16", TYPE, SIMT_R96, "%96", "%97", SIMT_D64(0), SIMT_D32(64));                  \
+  else if constexpr (N == 224)                                                                          \
+    SIMT_WGMMA("m64n224k16", TYPE, SIMT_R112, "%112", "%113", SIMT_D64(0), SIMT_D32(64), SIMT_D16(96)); \
+  else                                                                                                  \
+    SIMT_WGMMA("m64n256k16", TYPE, SIMT_R128, "%128", "%129", SIMT_D64(0), SIMT_D64(64));
 
 // Starts d += a bᵀ with a 64 x 16, b N x 16, d 64 x N in float32. a and b are addresses in tiles as copy_tile leaves
 // them: of the first row, at one of the 4 groups of 16 columns; 8 rows of it start at a multiple of 1024. Thread t of
@@ -154,7 +168,7 @@ __device__ void wgmma_wait(float (&d)[N]) {
 // (g, 8 j + c + 1), (g + 8, 8 j + c), (g + 8, 8 j + c + 1).
 template <class T, int N>
 __device__ void wgmma(float (&d)[N / 2], uint32_t a, uint32_t b) {
-  static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128);
+  static_assert(kIsProductWidth<N>);
   // Rows of 128 bytes, permuted in groups of 8; from group to group it is 1024 bytes.
   const auto descriptor = [](uint32_t shared) {
     return uint64_t{shared >> 4 & 0x3fff} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "../cpu/half.h"
+#include "widths.h"
 
 #if defined(__ASSOCIATIVE_MATH__)
 #error "kernels are emulated in exact arithmetic: compile without -fassociative-math"

@@ -68,7 +68,7 @@ SIMT_WRAPPER void wgmma_wait(float (&)[N]) {
 }
 template <class T, int N>
 SIMT_WRAPPER void wgmma(float (&d)[N / 2], uint32_t a, uint32_t b) {
-  static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128);
+  static_assert(kIsProductWidth<N>);
   static_assert(std::is_same_v<T, bfloat16> || std::is_same_v<T, float16>);
   emulated::multiply_tiles(d, a, b, N, std::is_same_v<T, bfloat16>);
 }
