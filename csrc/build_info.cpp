@@ -3,6 +3,7 @@
 #include <sstream>
 
 #include "cpu/parallel.h"
+#include "device_memory.h"
 #include "params.h"
 
 namespace twotower {
@@ -61,8 +62,20 @@ std::string cuda_build_description() {
 }
 
 #if !defined(TWOTOWER_WITH_CUDA)
+std::vector<KernelResources> cuda_kernels() {
+  return {};
+}
 int cuda::use_device(int) {
   return 0;
+}
+void* cuda::allocate(const char*, int64_t, int, void*) {
+  return nullptr;
+}
+void cuda::release(void*, int, void*) noexcept {}
+void cuda::copy_to_device(const char*, void*, const void*, int64_t, int, void*) {}
+void cuda::follow(const char*, void*, void*, int) {}
+bool cuda::is_captured(const char*, int, void*) {
+  return false;
 }
 std::string cuda::architecture_of(int) {
   return "";

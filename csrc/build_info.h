@@ -1,6 +1,7 @@
 // Facts about this build of the core library.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,17 @@ struct BuildInfo {
 };
 
 BuildInfo build_info();
+
+// What a CUDA kernel of the library uses: registers a thread, bytes of static shared memory a block, bytes of stack and
+// spilled registers a thread.
+struct KernelResources {
+  std::string name;
+  int registers;
+  int64_t shared_bytes, local_bytes;
+};
+
+// Of every kernel, on the current device, which is initialised by this; none without CUDA or without a device.
+std::vector<KernelResources> cuda_kernels();
 
 // One clause for error messages: what this build offers to a GPU.
 std::string cuda_build_description();

@@ -15,7 +15,10 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from functools import cache
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = ("plain", "asan", "race")
@@ -83,6 +86,24 @@ def build(which: str, source: Path = ROOT) -> Path:
         run(command)
     run([tool("cmake"), "--build", where])
     return where / "_emulated.so"
+
+
+@cache
+def arrays() -> ModuleType:
+    """The face to DLPack before the emulated kernels: arrays that say they are a GPU's and lie on the host."""
+    import pybind11
+
+    where = build("plain", Path(os.environ.get("TWOTOWER_EMULATED_SOURCE", ROOT))).parent
+    found = [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
+    run([tool("cmake"), *found, where])
+    run([tool("cmake"), "--build", where, "--target", "emulated_array"])
+    (path,) = (where / "array").glob("_C*.so")
+    loader = ExtensionFileLoader("_C", str(path))
+    spec = spec_from_loader("_C", loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    return module
 
 
 def tool(name: str) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,27 @@ def test_cmake_refuses_a_folder_without_torch(setup_py, tmp_path):
     done = configure(setup_py, tmp_path, "-DTORCH_ROOT=/nowhere")
     assert done.returncode != 0
     assert "TORCH_ROOT must be the folder of an installed torch" in done.stderr
+
+
+@pytest.mark.build
+def test_the_torch_face_compiles_against_the_oldest_torch(tmp_path: Path):
+    """Headers are the same on every system; the smallest wheel of torch 2.11 is that for macOS."""
+    download = (
+        "pip download torch==2.11.0 --no-deps --quiet --platform macosx_11_0_arm64 --python-version 3.12"
+        " --implementation cp --only-binary=:all: --dest"
+    )
+    subprocess.run([sys.executable, "-m", *download.split(), tmp_path], check=True)
+    (wheel,) = tmp_path.glob("torch-2.11.0-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path, [name for name in archive.namelist() if name.startswith("torch/include/")])
+    settings = (ROOT / "CMakeLists.txt").read_text()
+    (target,) = re.findall(r"TORCH_TARGET_VERSION=0x[0-9a-f]{16}", settings)
+    command = [
+        os.environ.get("CXX", "g++"), "-fsyntax-only", "-std=c++20", f"-D{target}", "-DTWOTOWER_LIBRARY=twotower",
+        "-isystem", tmp_path / "torch" / "include", ROOT / "csrc" / "bindings" / "torch.cpp",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:3000]
 
 
 USE = (

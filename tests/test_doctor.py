@@ -17,6 +17,7 @@ import twotower
 from safetensors import safe_open
 from twotower import cli, doctor
 
+import twotower_ext
 from twotower_ext import registry
 
 
@@ -90,6 +91,7 @@ def test_doctor_as_json(capsys):
     assert (stderr, report["problems"]) == ("", [])
     assert report["packages"]["torch"] == importlib.metadata.version("torch")
     assert report["build"]["cpu_isa"] in report["build"]["cpu_isas"]
+    assert report["build"]["kernels"] == twotower_ext.build_info()["kernels"]
     assert len(report["gpus"]) == torch.cuda.device_count()
     assert list(report["ops"]) == list(registry.OPS)
     for name, devices in report["ops"].items():

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import subprocess
+import sys
 
 import kernel_resources
 import pytest
-from kernel_resources import Usage, instructions, shorten, table, usages
+import torch
+from kernel_resources import LIBRARY, Usage, instructions, shorten, table, usages
 
-from twotower_ext import build_info
+from twotower_ext import _C, build_info
 from twotower_ext.registry import OPS
 
 FACTS = build_info()
+# csrc/simt/resources.h: the list of kernels in twotower::simt::detail::registered().
+REGISTERED = "_ZZN8twotower4simt6detail10registeredB5cxx11EvE7kernels"
 CODES = [a for a in FACTS["architectures"] if a.startswith("sm_")]
 compiled = pytest.mark.skipif(not FACTS["cuda"], reason="built without CUDA: there is no machine code to read")
 
@@ -71,6 +77,50 @@ def test_the_document_lists_the_kernels(committed: str):
 def architectures_in(text: str) -> list[str]:
     header = next(line for line in text.splitlines() if line.startswith("| kernel"))
     return header.strip("| ").split(" | ")[1:]
+
+
+@compiled
+def test_every_kernel_is_registered():
+    """What build_info() asks a device about is what the library holds; read from its memory, as there is no device."""
+    kernels = (ctypes.c_void_p * 3).in_dll(ctypes.CDLL(str(LIBRARY)), REGISTERED)
+    names = []
+    for at in range(kernels[0] or 0, kernels[1] or 0, 40):  # of a std::vector<std::pair<const void*, std::string>>
+        text, length = ctypes.c_void_p.from_address(at + 8), ctypes.c_size_t.from_address(at + 16)
+        names.append(ctypes.string_at(text.value, length.value).decode())
+    assert sorted(kernel_resources.readable(names).values()) == sorted(usages())
+
+
+@pytest.mark.gpu
+def test_build_info_tells_what_kernels_use(committed: str):
+    kernels = {shorten(name): uses for name, uses in build_info()["kernels"].items()}
+    assert sorted(kernels) == kernel_resources.kernels_in(committed)
+    for uses in kernels.values():
+        assert 1 <= uses["registers"] <= 255
+        assert uses["local_bytes"] == 0
+    code = [re.sub(r"\D", "", a) for a in architectures_in(committed)]
+    device = "{}{}".format(*torch.cuda.get_device_capability())
+    if device in code and kernel_resources.cuda_in(committed) == FACTS["cuda_version"]:
+        rows = [line.split("|")[1:-1] for line in committed.splitlines() if line.startswith("| `")]
+        for kernel, *cells in rows:
+            uses = kernels[kernel.strip("` ")]
+            registers, shared = map(int, cells[code.index(device)].split(","))
+            assert uses["registers"] == registers
+            assert shared - uses["shared_bytes"] in (0, 1024)  # from sm_90 on, these are the system's
+
+
+@pytest.mark.gpu
+def test_loading_the_library_leaves_the_gpu_alone():
+    code = f"""
+import ctypes, importlib.util
+spec = importlib.util.spec_from_file_location("_C", {_C.__file__!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+assert driver.cuDeviceGetCount(ctypes.byref(count)) == 3  # not initialised
+assert module.build_info()["kernels"]
+assert driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @compiled

@@ -68,6 +68,7 @@ def test_build_info():
     else:
         assert facts["cuda_version"] is None
         assert facts["architectures"] == []
+    assert bool(facts["kernels"]) == (facts["cuda"] and torch.cuda.is_available())
 
 
 def test_build_info_needs_no_torch():

@@ -1,5 +1,10 @@
 from typing import Any, Protocol, TypedDict
 
+class KernelResources(TypedDict):
+    registers: int
+    shared_bytes: int
+    local_bytes: int
+
 class BuildInfo(TypedDict):
     version: str
     compiler: str
@@ -10,6 +15,7 @@ class BuildInfo(TypedDict):
     cpu_isas: list[str]
     cpu_isa: str
     threads: int
+    kernels: dict[str, KernelResources]
 
 def build_info() -> BuildInfo: ...
 
@@ -29,7 +35,7 @@ class Array:
     def __dlpack__(
         self,
         *,
-        stream: None = None,
+        stream: int | None = None,
         max_version: tuple[int, int] | None = None,
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,

@@ -119,13 +119,21 @@ TensorView ArrayFace::per_row(const char* name, const py::object& value, const T
     return ids(name, value);
   }
   const int64_t first = integer(name, value), rows = like.ndim > 0 ? like.shape[0] : 0;
-  if (like.device.type != Device::Type::cpu)
-    refuse(name, "be an int64 array on " + like.device.name() + ", where nothing is allocated", "an int");
   std::vector<int64_t>& made = made_.emplace_back(static_cast<size_t>(rows));
   for (int64_t b = 0; b < rows; ++b)  // wraps around, as int64 tensors do
     made[b] = static_cast<int64_t>(static_cast<uint64_t>(first) + static_cast<uint64_t>(b * step));
   TensorView v;
   v.data = made.data();
+  if (like.device.type == Device::Type::cuda) {
+    v.device = like.device;
+    v.data = nullptr;
+    if (!asked_workspace) {
+      const int64_t bytes = rows * size_of(DType::i64);
+      scratch_.push_back(memory(name, bytes, v.device, "be an int64 array on " + v.device.name(), "an int"));
+      v.data = scratch_.back()->data();
+      cuda::copy_to_device(op_, v.data, made.data(), bytes, v.device.index, stream_);
+    }
+  }
   v.dtype = DType::i64;
   v.ndim = 1;
   v.shape[0] = rows;
@@ -270,12 +278,20 @@ TensorView ArrayFace::output(int slot, DType dtype, Device device, std::initiali
     refuse_overlaps();
     return v;
   }
-  if (device.type != Device::Type::cpu && asked_workspace == nullptr)
-    refuse(name.c_str(), "be given for results on " + device.name(), "None");
   int64_t stride = 1;
   for (int i = wanted.ndim - 1; i >= 0; stride *= wanted.shape[i--]) wanted.strides[i] = stride;
-  if (asked_workspace == nullptr) wanted.data = r.own.emplace(dtype, std::vector<int64_t>(shape)).data();
+  if (asked_workspace) return wanted;
+  const auto made = memory(name.c_str(), wanted.numel() * size_of(dtype), device, "be given", "None");
+  wanted.data = r.own.emplace(dtype, std::vector<int64_t>(shape), made).data();
   return wanted;
+}
+
+// Memory that a graph allocates would be another one's with every replay.
+std::shared_ptr<Memory> ArrayFace::memory(const char* name, int64_t bytes, Device device, const std::string& expected,
+                                          const char* got) const {
+  if (bytes > 0 && device.type == Device::Type::cuda && cuda::is_captured(op_, device.index, stream_))
+    refuse(name, expected + " while the stream is captured, as nothing is allocated then", got);
+  return std::make_shared<Memory>(op_, bytes, device, stream_);
 }
 
 // A result in the memory of an argument or of another result would be wrong numbers without a word.
@@ -298,14 +314,18 @@ void* ArrayFace::workspace(int64_t bytes) {
     *asked_workspace = bytes;
     throw Measured{};
   }
+  if (bytes == 0) return nullptr;
+  const Device device = inputs_.front().second.device;
   const std::string wanted = "hold " + std::to_string(bytes) + " bytes, as workspace_bytes() says";
-  if (!workspace_) refuse("workspace", wanted, "None");
+  if (!workspace_) {
+    scratch_.push_back(memory("workspace", bytes, device, wanted, "None"));
+    return scratch_.back()->data();
+  }
   const int64_t held = workspace_.numel() * size_of(workspace_.dtype);
   if (held < bytes) refuse("workspace", wanted, std::to_string(held));
   if (reinterpret_cast<uintptr_t>(workspace_.data) % 256 != 0)
     refuse("workspace", "begin at a multiple of 256 bytes", "another address");
-  if (workspace_.device != inputs_.front().second.device)
-    refuse("workspace", "be on " + inputs_.front().second.device.name(), workspace_.device.name());
+  if (workspace_.device != device) refuse("workspace", "be on " + device.name(), workspace_.device.name());
   return workspace_.data;
 }
 

@@ -25,7 +25,8 @@ class ArrayFace final : public Face {
   // An argument as the op wants it, named for errors. `optional` may be None.
   TensorView view(const char* name, const py::object& array);
   TensorView optional(const char* name, const py::object& array);
-  // int64 on the CPU: of int32 a copy is made; where a number is given, one of `like`'s rows, counting up by `step`.
+  // int64: of int32 a copy is made, on the CPU alone; where a number is given, one of `like`'s rows, counting up by
+  // `step`, on its device.
   TensorView ids(const char* name, const py::object& array);
   TensorView per_row(const char* name, const py::object& value, const TensorView& like, int64_t step);
   int64_t integer(const char* name, const py::object& value) const;
@@ -58,6 +59,9 @@ class ArrayFace final : public Face {
   TensorView describe(const char* name, const dlpack::Tensor& t) const;
   void take_results(const py::object& out);
   void refuse_overlaps() const;
+  // Of our own; where the stream is being captured, there must have been `expected`, which was `got`.
+  std::shared_ptr<Memory> memory(const char* name, int64_t bytes, Device device, const std::string& expected,
+                                 const char* got) const;
 
   const char* op_;
   void* stream_ = nullptr;
@@ -67,6 +71,7 @@ class ArrayFace final : public Face {
   std::vector<std::pair<std::string, TensorView>> inputs_;
   std::vector<Result> results_;
   TensorView workspace_;
+  std::vector<std::shared_ptr<Memory>> scratch_;  // on the GPU: numbers, workspace
 };
 
 // Adds every op to the module.

@@ -15,8 +15,9 @@ constexpr const char* kShared =
     "each "
     "result (a tuple where there are several, None for those to allocate), contiguous, of the result's dtype and "
     "shape, "
-    "in memory of its own; None allocates Arrays on the CPU. workspace: on CUDA, an array of as many bytes as "
-    "workspace_bytes() says. stream: on CUDA, the address of the stream to enqueue on; None is the default one. dtype: "
+    "in memory of its own; None allocates Arrays. workspace: on CUDA, an array of as many bytes as workspace_bytes() "
+    "says; None allocates it for the call. stream: on CUDA, the address of the stream to enqueue on; None is the "
+    "default one. dtype: "
     "'bfloat16' says that uint16 arrays hold it.\n\nRaises TypeError, ValueError: an argument of the wrong type, "
     "dtype, "
     "shape, layout, device or range, named; RuntimeError: no kernel for the device.";
@@ -208,7 +209,7 @@ void define_array_ops(py::module_& m) {
   define(
       m, "denoise_commit", denoise_commit,
       "One step of mask diffusion (twotower_ext.ops.denoise_commit).\n\nlogits (B, L, V); block (B, L) int64, on the "
-      "CPU also int32; step, seed, offset (B,) int64, on the CPU also an int. Returns (block (B, L) int64, committed "
+      "CPU also int32; step, seed, offset an int or (B,) int64. Returns (block (B, L) int64, committed "
       "(B, L) bool, confidence (B, L) float32, masked_left (B,) int32, status (B,) int32).",
       "logits"_a, "block"_a, "step"_a, "steps"_a, py::kw_only(), "threshold"_a, "mask_token_id"_a,
       "temperature"_a = 0.0, "top_k"_a = 0, "top_p"_a = 1.0, "seed"_a = 0, "offset"_a = 0);

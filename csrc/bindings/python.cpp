@@ -22,6 +22,15 @@ py::dict build_info() {
   facts["cpu_isas"] = info.cpu_isas;
   facts["cpu_isa"] = info.cpu_isa;
   facts["threads"] = info.threads;
+  py::dict kernels;
+  for (const twotower::KernelResources& k : twotower::cuda_kernels()) {
+    py::dict uses;
+    uses["registers"] = k.registers;
+    uses["shared_bytes"] = k.shared_bytes;
+    uses["local_bytes"] = k.local_bytes;
+    kernels[py::str(k.name)] = uses;
+  }
+  facts["kernels"] = kernels;
   return facts;
 }
 
@@ -47,10 +56,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", build_info,
         "Facts about this build: version, compiler, cuda (bool), cuda_version (str or None), architectures (machine "
         "code and PTX in the library), cpu_features (of this processor), cpu_isas (instruction sets of the CPU "
-        "kernels that run here, best last), cpu_isa (the one in use), threads (the CPU kernels' default).");
-  py::class_<Array>(m, "Array",
-                    "A result on the CPU: contiguous memory that any library takes by DLPack, without a copy, for "
-                    "instance numpy.from_dlpack(array).")
+        "kernels that run here, best last), cpu_isa (the one in use), threads (the CPU kernels' default), kernels (of "
+        "every CUDA kernel by name, on the current device: registers a thread, shared_bytes a block, static ones, "
+        "local_bytes a thread, where registers spill; empty without a device, which this initialises).");
+  py::class_<Array>(m, "Array", py::module_local(),
+                    "A result: contiguous memory that any library takes by DLPack, without a copy, for instance "
+                    "numpy.from_dlpack(array). On CUDA it waits for nothing: the stream of whoever takes it does, and "
+                    "the memory goes back in the order of that stream.")
       .def_property_readonly("shape", [](const Array& a) { return py::tuple(py::cast(a.shape())); })
       .def_property_readonly(
           "dtype", [](const Array& a) { return a.dtype_name(); }, "Its name, as 'bfloat16'.")
@@ -59,8 +71,7 @@ PYBIND11_MODULE(_C, m) {
                              "numpy.from_dlpack(a.bits).view(ml_dtypes.bfloat16)). ValueError for another dtype.")
       .def("__dlpack__", &Array::export_capsule, py::kw_only(), py::arg("stream") = py::none(),
            py::arg("max_version") = py::none(), py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
-      .def("__dlpack_device__",
-           [](const Array&) { return py::make_tuple(static_cast<int>(twotower::dlpack::kCpu), 0); })
+      .def("__dlpack_device__", &Array::dlpack_device)
       .def("__repr__", [](const Array& a) {
         return "Array(shape=" + py::cast<std::string>(py::repr(py::tuple(py::cast(a.shape())))) + ", dtype='" +
                a.dtype_name() + "')";

@@ -135,6 +135,7 @@ class TorchFace final : public Face {
     return describe("output", *outputs_[slot]);
   }
   void* workspace(int64_t bytes) override {
+    if (bytes == 0) return nullptr;
     return copies_.emplace_back(torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, device_))
         .mutable_data_ptr();
   }

@@ -1,9 +1,18 @@
-// Which GPU this is, and whether the library has code for it.
+// Which GPU this is, whether the library has code for it, and what its kernels use there.
 #include "../build_info.h"
 #include "../params.h"
-#include "../simt/simt.h"
+#include "../simt/resources.h"
 
-namespace twotower::cuda {
+namespace twotower {
+
+std::vector<KernelResources> cuda_kernels() {
+  std::vector<KernelResources> kernels;
+  for (auto& r : simt::kernel_resources())
+    kernels.push_back({std::move(r.kernel), r.registers, r.shared_bytes, r.local_bytes});
+  return kernels;
+}
+
+namespace cuda {
 
 constexpr int kOldest = 80;  // PTX of compute_80 serves everything newer
 
@@ -23,4 +32,5 @@ void require_supported_device(const char* op) {
                            " in this build (" + cuda_build_description() + ")");
 }
 
-}  // namespace twotower::cuda
+}  // namespace cuda
+}  // namespace twotower

@@ -125,7 +125,7 @@ E choose(const Check& check, const char* arg, std::string_view given, std::initi
 #define TWOTOWER_CUDA(f) nullptr
 #endif
 
-// Runs the kernel of the device that holds the anchor; a CUDA kernel with a workspace gets it from the face.
+// Runs the kernel of the device that holds the anchor; a CUDA kernel gets its workspace from the face.
 template <class P>
 void launch(const Check& check, Face& face, P params, void (*cpu)(const P&),
             std::type_identity_t<void (*)(const P&, void*)> cuda,
@@ -136,7 +136,9 @@ void launch(const Check& check, Face& face, P params, void (*cpu)(const P&),
                              cuda::architecture_of(check.anchor().device.index) + " in this build (" +
                              cuda_build_description() + "); use CPU tensors");
   if constexpr (requires { params.workspace; })
-    if (workspace) params.workspace = face.workspace(workspace(params));
+    params.workspace = face.workspace(workspace ? workspace(params) : 0);
+  else
+    face.workspace(0);
   cuda(params, face.stream());
 }
 
