@@ -6,7 +6,9 @@ tests/test_kernels_moe.py runs its tests on this path, too.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
+import re
 
 import emulation
 import pytest
@@ -19,8 +21,14 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 every_hopper = pytest.mark.parametrize("backend", HOPPER_BACKENDS)
 half_types = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 activations = pytest.mark.parametrize("gated", [False, True], ids=["relu2", "silu_gate"])
-# One of the three tiles each, by the tokens that a row of weights serves on average: at most 8, 24, 64.
-TILES = pytest.mark.parametrize(("tokens", "k"), [(9, 2), (33, 2), (67, 3)], ids=["16", "32", "64"])
+# One of the three tiles each, by the tokens that a row of weights serves on average: at most 16, 160, or more.
+TILES = pytest.mark.parametrize(("tokens", "k"), [(9, 2), (67, 3), (203, 3)], ids=["few", "some", "many"])
+# kStreamedTiles: rows of weights, tokens, the most tokens that a row of weights serves.
+HEADER = (emulation.ROOT / "csrc" / "kernels" / "moe_stream.h").read_text()
+TABLE = [
+    (int(rows), int(tokens), math.inf if most == "INT64_MAX" else int(most))
+    for rows, tokens, most in re.findall(r"^    \{(\d+), (\d+), (\w+)\},$", HEADER, re.MULTILINE)
+]
 
 
 def routed(arguments: list, ids: list[list[int]]) -> list:
@@ -82,7 +90,7 @@ def test_no_tokens(backend: Backend):
 
 @every_hopper
 @half_types
-@pytest.mark.parametrize("tokens", [1, 8, 17, 40])
+@pytest.mark.parametrize("tokens", [1, 8, 17, 40, 300])
 def test_one_expert_takes_all(tokens: int, dtype: torch.dtype, backend: Backend):
     """More tokens than a tile has, and experts without any before and behind."""
     arguments = experts(tokens, 72, 9, 40, 1, 0, False, dtype)
@@ -110,39 +118,78 @@ def served(tokens: int, k: int, count: int, inner: int, shared: int) -> int:
     return math.ceil((tokens * k * inner + tokens * shared) / (min(count, tokens * k) * inner + shared))
 
 
+def test_the_table_goes_from_few_tokens_to_many():
+    assert len(TABLE) == 3
+    most = [row[2] for row in TABLE]
+    assert most == sorted(set(most))
+    assert most[-1] == math.inf, "the last row takes what is left"
+    assert all(a[1] <= b[1] and a[0] * a[1] <= b[0] * b[1] for a, b in itertools.pairwise(TABLE))
+    assert all(rows % 128 == 0 and rows * tokens <= 128 * 256 for rows, tokens, _ in TABLE), "registers hold no more"
+
+
+@every_hopper
+@pytest.mark.parametrize("row", range(len(TABLE) - 1))
+def test_both_tiles_agree_where_the_choice_changes(row: int, backend: Backend):
+    """One token more takes another tile; those before have the same bits."""
+    tokens = next(t for t in range(1, 1000) if served(t, 3, 4, 40, 24) > TABLE[row][2])
+    assert served(tokens - 1, 3, 4, 40, 24) <= TABLE[row][2]
+    arguments = experts(tokens, 72, 4, 40, 3, 24, False, torch.bfloat16)
+    more = backend.run("moe_experts", *arguments)
+    fewer = backend.run("moe_experts", *(a[:-1] for a in arguments[:3]), *arguments[3:])
+    assert more.isfinite().all()
+    assert torch.equal(more[:-1], fewer)
+
+
 @every_hopper
 @activations
 @half_types
 def test_a_token_alone_in_any_tile(dtype: torch.dtype, gated: bool, backend: Backend):
-    """A token's bits are its own: alone, among 9, 30 or 67, in one item or in the second of an expert's tiles."""
-    assert [served(tokens, 3, 4, 200, 136) for tokens in (1, 9, 30, 67)] == [1, 8, 24, 53]  # all three tiles
+    """A token's bits are its own: alone, among 9, 30, 67 or 210, in one item or in the second of an expert's tiles."""
+    counts = [served(tokens, 3, 4, 200, 136) for tokens in (1, 9, 30, 67, 210)]
+    assert [sum(c > row[2] for row in TABLE) for c in counts] == [0, 0, 1, 1, 2]  # all three tiles
     activation = "silu_gate" if gated else "relu2"
-    arguments = experts(67, 72, 4, 200, 3, 136, gated, dtype)
-    # The halves of the second product nearly cancel, so that the last bits of their sum are first bits of y.
-    for up, down in ((3, 4), (5, 6)):
-        for half in arguments[up].chunk(2 if gated else 1, dim=-2):
-            inner = half.shape[-2]
-            behind = math.ceil(inner / 128) * 64
-            half[..., behind:, :] = half[..., : inner - behind, :]
-        weights = arguments[down]
-        weights[..., behind:] = -weights[..., : inner - behind] * (1 + torch.finfo(dtype).eps)
-        weights[..., inner - behind : behind] = 0
+    arguments = experts(210, 72, 4, 200, 3, 136, gated, dtype)
 
     def first(tokens: int) -> Tensor:
         few = [a[:tokens] for a in arguments[:3]]
         return backend.run("moe_experts", *few, *arguments[3:], activation=activation)
 
-    whole = first(67)
+    whole = first(210)
     assert whole.isfinite().all()
     assert whole.count_nonzero() > 0.9 * whole.numel()
-    for tokens in (1, 9, 30):
+    for tokens in (1, 9, 30, 67):
         assert torch.equal(first(tokens), whole[:tokens])
+
+
+WIDTHS = (8, 16, *range(32, 257, 32))
+
+
+@every_hopper
+@half_types
+@pytest.mark.parametrize("less", [0, 7], ids=["full", "ragged"])
+def test_each_width_of_product(less: int, dtype: torch.dtype, backend: Backend):
+    """An expert for each number of columns that a product can have, and one with more than a tile's tokens."""
+    counts = [width - less for width in (*WIDTHS, 263)]
+    arguments = experts(sum(counts), 72, len(counts), 40, 1, 0, False, dtype)
+    ids = [e for e, count in enumerate(counts) for _ in range(count)]
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(less)).tolist()
+    check(backend, routed(arguments, [[ids[i]] for i in order]), dtype)
+
+
+@every_hopper
+@pytest.mark.parametrize(("tokens", "k"), [(128, 6), (500, 6), (1000, 6), (2048, 6), (8192, 2)])
+def test_prompts(tokens: int, k: int, backend: Backend):
+    """Most experts popular, some without any token, the first with all of some prompt's first 100."""
+    arguments = experts(tokens, 24, 48, 16, k, 16, False, torch.bfloat16)
+    ids = arguments[1] // 2 * 2  # every second expert has none
+    ids[:100] = torch.arange(k) * 2
+    check(backend, [arguments[0], ids.sort(-1).values, *arguments[2:]], torch.bfloat16)
 
 
 @every_hopper
 def test_two_passes(backend: Backend):
     """More tokens than one pass holds, few for each of many experts."""
-    check(backend, experts(2051, 8, 40, 8, 1, 8, False, torch.bfloat16), torch.bfloat16)
+    check(backend, experts(8195, 8, 40, 8, 1, 8, False, torch.bfloat16), torch.bfloat16)
 
 
 @every_hopper

@@ -9,6 +9,7 @@ from primitives import every_hopper, run
 from torch import Tensor
 
 WARP, WARPGROUP = 32, 128
+WIDTHS = (8, 16, *range(32, 257, 32))
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -79,7 +80,7 @@ def test_copy_of_what_another_block_has_written(backend: Backend):
 
 @every_hopper
 @pytest.mark.parametrize("rounds", [1, 3])
-@pytest.mark.parametrize("n", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("n", WIDTHS)
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_wgmma_of_whole_numbers_is_exact(backend: Backend, name: str, n: int, rounds: int):
     g = torch.Generator().manual_seed(n)
@@ -95,9 +96,9 @@ def test_wgmma_of_whole_numbers_is_exact(backend: Backend, name: str, n: int, ro
 def test_wgmma_rounds_alike_at_every_width(backend: Backend, name: str):
     """What tokens that do not depend on their batch rest on."""
     g = torch.Generator().manual_seed(2)
-    a, b = (torch.randn(rows, 128, generator=g).to(DTYPES[name]) for rows in (64, 128))
+    a, b = (torch.randn(rows, 128, generator=g).to(DTYPES[name]) for rows in (64, 256))
     results = []
-    for n in (8, 16, 32, 64, 128):
+    for n in WIDTHS:
         given = torch.cat([a.view(torch.int32).flatten(), b[:n].view(torch.int32).flatten(), torch.zeros(64 * n).int()])
         results.append(run(backend, f"wgmma_{name}_{n}", given, torch.zeros(64, n), 3)[:, :8])
     assert all(torch.equal(r, results[0]) for r in results)

@@ -18,9 +18,11 @@ struct SortSmem {
 
 // The expert of a pair of the pass, or -1 where there is no such expert.
 __device__ inline int expert_of_pair(const ExpertsParams& p, const ExpertsPass& pass, int pair) {
-  const int k = static_cast<int>(p.k), token = pair / k, slot = pair % k;
-  const int64_t id = p.id_dtype == DType::i32 ? p.expert_ids.at<const int32_t>(pass.first + token)[slot]
-                                              : p.expert_ids.at<const int64_t>(pass.first + token)[slot];
+  const int k = static_cast<int>(p.k);
+  int64_t at = pass.first * k + pair;
+  if (p.expert_ids.stride[0] != k) at = (pass.first + pair / k) * p.expert_ids.stride[0] + pair % k;
+  const int64_t id = p.id_dtype == DType::i32 ? static_cast<const int32_t*>(p.expert_ids.data)[at]
+                                              : static_cast<const int64_t*>(p.expert_ids.data)[at];
   return id >= 0 && id < p.E ? static_cast<int>(id) : -1;
 }
 

@@ -1,9 +1,10 @@
 // moe_experts on Hopper: both products in one launch that reads weights at the speed of memory while there are few
-// tokens, and multiplies at the speed of tensor cores when there are many. Blocks take items (expert, 128 rows of
-// weights, a tile of tokens) from one queue: all of h = activation(up x), then all of out = down h; then they share out
-// y = the weighted sum of out. One thread of a block copies an item's operands through a ring of stages, running ahead
-// of the items by all of the ring, and two warpgroups multiply 64 rows each: the weights are the m64 operand of wgmma,
-// the tokens its n operand, which is as wide as the item has tokens.
+// tokens, and multiplies at the speed of tensor cores when there are many. Blocks take items (expert, 128 or 256 rows
+// of weights, a tile of tokens) from one queue: all of h = activation(up x), then all of out = down h; then they share
+// out y = the weighted sum of out. One thread of a block copies an item's operands through a ring of stages, running
+// ahead of the items by all of the ring, and two warpgroups multiply half of the rows each: the weights are the m64
+// operand of wgmma, the tokens its n operand, which is as wide as the item has tokens. Another thread says what has
+// been stored, for which it has to wait until memory has it; the warpgroups go on meanwhile.
 //
 // No wait can deadlock. Items are taken in the queue's order, and every block finishes what it has taken: items of the
 // first product wait for nothing, those of the second for items that have been taken before, the sums for items alone.
@@ -22,17 +23,19 @@ struct StreamSmem {
   typename Traits::Stage stages[Traits::kStages];
   simt::Barrier full[Traits::kStages], empty[Traits::kStages];
   StreamItem items[Traits::kStages];  // which item starts in the stage
+  simt::Barrier stored[Traits::kFinished], signalled[Traits::kFinished];
+  StreamItem finished[Traits::kFinished];
   // Copies of the pass's: finding an item among them takes a fraction of a microsecond, of which an item has some ten.
   int32_t start[kMaxStreamedExperts + 1], tiles[kMaxStreamedExperts + 1];
 };
 
-// A place in the ring of stages.
-template <class Traits>
+// A place in a ring of so many stages.
+template <int kStages>
 struct Ring {
   int stage = 0;
   uint32_t parity = 0;  // of the phase in which the stage is filled
   __device__ void advance() {
-    if (++stage < Traits::kStages) return;
+    if (++stage < kStages) return;
     stage = 0;
     parity ^= 1;
   }
@@ -44,18 +47,15 @@ struct Ring {
 // or value, group of 8 rows, expert, so that 8 gate rows and their 8 value rows follow one another.
 template <class Traits>
 __device__ void copy_item(const StreamParams& s, const StreamQueue<Traits>& queue, const StreamItem& item,
-                          StreamSmem<Traits>& smem, Ring<Traits>& ring) {
+                          StreamSmem<Traits>& smem, Ring<Traits::kStages>& ring) {
   constexpr int kRowBytes = Traits::kColumns * sizeof(typename Traits::T);
   const bool shared = queue.is_shared(item.at.expert), grouped = !item.down && queue.gated();
   const simt::TensorMap& weights = item.down ? (shared ? s.shared_down : s.down) : (shared ? s.shared_up : s.up);
-  const RowMaps& maps = item.down ? (shared ? s.shared_hidden : s.hidden) : s.x;
+  const RowMaps& maps = item.down ? (shared ? s.shared_hidden : s.hidden) : (shared ? s.shared_x : s.x);
   const int output = item.at.output, expert = shared ? 0 : item.at.expert;
-  int row = item.at.row, rows = product_width(item.at.count);
-  if (item.down) {
-    row = (shared ? row - static_cast<int>(queue.pass.pairs) : row) * Traits::kNumbers;
-    rows *= Traits::kNumbers;
-  }
-  const int box = rows <= kFew ? kFew : Traits::kBox, boxes = ceil_div(rows, box);
+  const int numbers = item.down ? Traits::kNumbers : 1, rows = product_width(item.at.count) * numbers;
+  const int row = (shared ? item.at.row - static_cast<int>(queue.pass.pairs) : item.at.row) * numbers;
+  const int box = rows <= kFew ? kFew : kBox, boxes = ceil_div(rows, box);
   const simt::TensorMap& tokens = rows <= kFew ? maps.few : maps.box;
   const int steps = queue.steps(item);
   for (int step = 0, column = 0; step < steps; ++step, column += Traits::kColumns) {
@@ -73,7 +73,7 @@ __device__ void copy_item(const StreamParams& s, const StreamQueue<Traits>& queu
 
 template <class Traits>
 __device__ void copy_items(const StreamParams& s, const StreamQueue<Traits>& queue, StreamSmem<Traits>& smem) {
-  Ring<Traits> ring;
+  Ring<Traits::kStages> ring;
   bool all_ready = false;
   int index = static_cast<int>(simt::block_index());
   for (;;) {
@@ -98,37 +98,60 @@ __device__ inline int warpgroup() {
   return simt::warp() * simt::kWarp / simt::kWarpgroup;
 }
 
+// One step's stage has been read by this warp.
+template <class Traits>
+__device__ void give_back(StreamSmem<Traits>& smem, int stage) {
+  if (simt::lane() == 0) smem.empty[stage].arrive();
+}
+
 // d = the sum of so many steps; each stage is given back as soon as the products have read it.
 template <class Traits, int N>
-__device__ void multiply_steps(float (&d)[N / 2], int steps, StreamSmem<Traits>& smem, Ring<Traits>& ring) {
-  constexpr int kGroupBytes = sizeof(smem.stages[0].weights) / Traits::kGroups;
-  const auto give_back = [&](int stage) {
-    if (simt::lane() == 0) smem.empty[stage].arrive();
-  };
+__device__ void multiply_steps(float (&d)[Traits::kBlocks][N / 2], int steps, StreamSmem<Traits>& smem,
+                               Ring<Traits::kStages>& ring) {
+  constexpr int kBlockBytes = 64 * Traits::kColumns * sizeof(typename Traits::T);
   SIMT_UNROLL
-  for (int i = 0; i < N / 2; ++i) d[i] = 0.f;
+  for (int b = 0; b < Traits::kBlocks; ++b) {
+    SIMT_UNROLL
+    for (int i = 0; i < N / 2; ++i) d[b][i] = 0.f;
+  }
   int last = 0;
   for (int step = 0; step < steps; ++step) {
     smem.full[ring.stage].wait(ring.parity);
-    const uint32_t weights = simt::shared_address(smem.stages[ring.stage].weights) + warpgroup() * kGroupBytes;
     const uint32_t tokens = simt::shared_address(smem.stages[ring.stage].tokens);
+    const uint32_t weights =
+        simt::shared_address(smem.stages[ring.stage].weights) + warpgroup() * Traits::kBlocks * kBlockBytes;
     simt::wgmma_begin();
     SIMT_UNROLL
-    for (int k = 0; k < Traits::kColumns / 16; ++k)
-      simt::wgmma<typename Traits::T, N>(d, weights + 32 * k, tokens + 32 * k);
+    for (int k = 0; k < Traits::kColumns / 16; ++k) {
+      SIMT_UNROLL
+      for (int b = 0; b < Traits::kBlocks; ++b)
+        simt::wgmma<typename Traits::T, N>(d[b], weights + b * kBlockBytes + 32 * k, tokens + 32 * k);
+    }
     simt::wgmma_commit();
-    simt::wgmma_wait<1>(d);
-    if (step > 0) give_back(last);
+    simt::wgmma_wait<1>(d[0]);
+    if (step > 0) give_back(smem, last);
     last = ring.stage;
     ring.advance();
   }
-  simt::wgmma_wait<0>(d);
-  if (steps > 0) give_back(last);
+  SIMT_UNROLL
+  for (int b = 0; b < Traits::kBlocks; ++b) simt::wgmma_wait<0>(d[b]);
+  if (steps > 0) give_back(smem, last);
 }
 
-// Where this thread's elements of a 128 x N product stand: d[4 j + 2 i ...] are of row(i) and columns column(j), + 1.
-__device__ inline int product_row(int i) {
-  return simt::warp() * 16 + simt::lane() / 4 + 8 * i;
+// The same of an item that has no rows for this warpgroup.
+template <class Traits>
+__device__ void skip_steps(int steps, StreamSmem<Traits>& smem, Ring<Traits::kStages>& ring) {
+  for (int step = 0; step < steps; ++step, ring.advance()) {
+    smem.full[ring.stage].wait(ring.parity);
+    give_back(smem, ring.stage);
+  }
+}
+
+// Where this thread's elements of block b of the product stand: d[b][4 j + 2 i ...] are of the warp's row lane / 4 + 8
+// i and of columns column(j), + 1.
+template <class Traits>
+__device__ int first_row_of_warp(int b) {
+  return (warpgroup() * Traits::kBlocks + b) * 64 + simt::warp() % 4 * 16;
 }
 __device__ inline int product_column(int j) {
   return 8 * j + simt::lane() % 4 * 2;
@@ -160,11 +183,11 @@ __device__ void store_hidden(typename Traits::T* to, int stride, const float (&h
 
 // Two lanes whose rows are neighbours have two tokens each; they exchange values, so that each has both rows' of one.
 template <class Traits, int N>
-__device__ void store_up(const StreamQueue<Traits>& queue, const ExpertsItem& item, const float (&d)[N]) {
+__device__ void store_up(const StreamQueue<Traits>& queue, const ExpertsItem& item, int row, const float (&d)[N]) {
   using T = typename Traits::T;
   const int width = queue.width(item.expert), stride = queue.hidden_stride(item.expert);
   const int odd = simt::lane() / 4 % 2, groups = queue.gated() ? 1 : 2;
-  const int output = item.output + (queue.gated() ? simt::warp() * 8 + simt::lane() / 4 : product_row(0)) - odd;
+  const int output = item.output + queue.up_outputs(row) + simt::lane() / 4 - odd;
   const int64_t step = int64_t{8 * Traits::kNumbers} * stride;
   T* to = reinterpret_cast<T*>(queue.hidden_row(item.expert, item.row + product_column(0) + odd)) + output;
   SIMT_UNROLL
@@ -196,8 +219,8 @@ __device__ void join_numbers(float (&d)[N]) {
 }
 
 template <class Traits, int N>
-__device__ void store_down(const StreamQueue<Traits>& queue, const ExpertsItem& item, const float (&d)[N]) {
-  const int D = static_cast<int>(queue.p.D), output = item.output + product_row(0);
+__device__ void store_down(const StreamQueue<Traits>& queue, const ExpertsItem& item, int row, const float (&d)[N]) {
+  const int D = static_cast<int>(queue.p.D), output = item.output + row + simt::lane() / 4;
   const int64_t stride = padded(D);
   int token = product_column(0) / Traits::kNumbers;
   float* to = queue.pass.out + (item.row + token) * stride + output;
@@ -217,34 +240,58 @@ __device__ void store_down(const StreamQueue<Traits>& queue, const ExpertsItem& 
 // With products of product_width(item.count) columns, N of them at most.
 template <class Traits, int N = Traits::kTokens>
 __device__ void multiply_item(const StreamQueue<Traits>& queue, const StreamItem& item, StreamSmem<Traits>& smem,
-                              Ring<Traits>& ring) {
+                              Ring<Traits::kStages>& ring) {
   constexpr int kNarrower = N <= 32 ? N / 2 : N - 32;
   if constexpr (N > 8)
     if (item.at.count <= kNarrower) return multiply_item<Traits, kNarrower>(queue, item, smem, ring);
   const int steps = queue.steps(item);
+  if (queue.rows_left(item) <= warpgroup() * Traits::kBlocks * 64) return skip_steps(steps, smem, ring);
   if (!item.down) {
-    float d[N / 2];
+    float d[Traits::kBlocks][N / 2];
     multiply_steps<Traits, N>(d, steps, smem, ring);
-    store_up(queue, item.at, d);
+    SIMT_UNROLL
+    for (int b = 0; b < Traits::kBlocks; ++b) store_up(queue, item.at, first_row_of_warp<Traits>(b), d[b]);
   } else {
-    float d[Traits::kNumbers * N / 2];
-    multiply_steps<Traits, Traits::kNumbers * N>(d, steps, smem, ring);
-    join_numbers<Traits>(d);
-    store_down(queue, item.at, d);
+    constexpr int kN = Traits::kNumbers * N;
+    float d[Traits::kBlocks][kN / 2];
+    multiply_steps<Traits, kN>(d, steps, smem, ring);
+    SIMT_UNROLL
+    for (int b = 0; b < Traits::kBlocks; ++b) {
+      join_numbers<Traits>(d[b]);
+      store_down(queue, item.at, first_row_of_warp<Traits>(b), d[b]);
+    }
   }
 }
 
 template <class Traits>
 __device__ void multiply_items(const StreamQueue<Traits>& queue, StreamSmem<Traits>& smem) {
-  Ring<Traits> ring;
+  Ring<Traits::kStages> ring;
+  Ring<Traits::kFinished> finished;
   for (;;) {
     smem.full[ring.stage].wait(ring.parity);
     const StreamItem item = smem.items[ring.stage];
     simt::warp_sync();  // all lanes have read it before the first of them gives the stage back
+    const bool none = item.at.expert < 0;
+    if (!none) multiply_item(queue, item, smem, ring);
+    smem.signalled[finished.stage].wait(finished.parity ^ 1);
+    if (simt::thread_index() == 0) smem.finished[finished.stage] = item;
+    simt::warp_sync();  // all of the warp's part is stored
+    if (simt::lane() == 0) smem.stored[finished.stage].arrive();
+    finished.advance();
+    if (none) return;
+  }
+}
+
+// --- the thread that signals -----------------------------------------------------------------------------------------
+
+template <class Traits>
+__device__ void signal_items(const StreamQueue<Traits>& queue, StreamSmem<Traits>& smem) {
+  for (Ring<Traits::kFinished> finished;; finished.advance()) {
+    smem.stored[finished.stage].wait(finished.parity);
+    const StreamItem item = smem.finished[finished.stage];
     if (item.at.expert < 0) return;
-    multiply_item(queue, item, smem, ring);
-    simt::warpgroup_sync();  // all of the warpgroup's part is stored
-    if (simt::thread_index() % simt::kWarpgroup == 0) queue.signal(item);
+    queue.signal(item);
+    smem.signalled[finished.stage].arrive();
   }
 }
 
@@ -265,11 +312,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(SIMT_CO
         smem.full[i].init(1);
         smem.empty[i].init(Traits::kConsumers / simt::kWarp);
       }
+      for (int i = 0; i < Traits::kFinished; ++i) {
+        smem.stored[i].init(Traits::kConsumers / simt::kWarp);
+        smem.signalled[i].init(1);
+      }
       simt::publish_barriers();
     }
     simt::block_sync();
     if (simt::thread_index() >= Traits::kConsumers) {
-      if (simt::thread_index() == Traits::kConsumers) copy_items(s, queue, smem);
+      if (simt::thread_index() == Traits::kCopier) copy_items(s, queue, smem);
+      if (simt::thread_index() == Traits::kSignaller) signal_items(queue, smem);
       return;
     }
     multiply_items(queue, smem);

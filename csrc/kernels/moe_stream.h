@@ -11,18 +11,21 @@ namespace twotower::cuda {
 
 constexpr int kMaxStreamedExperts = 512;  // tables in shared memory
 
-// How many tokens an item holds at most, for passes whose rows of weights serve `most` tokens on average, or fewer. A
-// result does not depend on it.
+// How many rows of weights and tokens an item has at most, for passes whose rows of weights serve `most` tokens on
+// average, or fewer. A result does not depend on it.
 struct StreamedTile {
-  int tokens;
+  int rows, tokens;
   int64_t most;
 };
-constexpr StreamedTile kStreamedTiles[] = {
-    // Weights take the time: half of the ring, 96 KB, is theirs.
-    {128, 96},
-    // Products do: a token's row is read from L2 for 128 rows of weights, a row of weights for 256 tokens.
-    {256, INT64_MAX},
+inline constexpr StreamedTile kStreamedTiles[] = {
+    // Reading weights takes the time: many items, so that all end at the same time.
+    {128, 128, 16},
+    // Tokens come from L2 half as often.
+    {256, 128, 160},
+    // Multiplying takes the time: as few bytes a product from L2 as above, for more tokens an expert.
+    {128, 256, INT64_MAX},
 };
+
 // The tile for such a pass; null where the path does not serve the call, whatever the device.
 inline const StreamedTile* streamed_tile(const ExpertsParams& p, int64_t served) {
   const auto aligned_weights = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };

@@ -8,12 +8,9 @@ namespace twotower::kernels {
 
 using cuda::kMaxStreamedExperts;
 
-// Rows of weights of an item, 64 for each warpgroup.
-constexpr int kStreamedRows = 128;
-
-// Rows of tokens, or of h: in tiles of kFew rows, and of Traits::kBox. A copy costs its thread about as long as reading
-// a kilobyte takes, so a step should have few of them.
-constexpr int kFew = 16;
+// Rows of tokens, or of h: in tiles of kFew rows, and of kBox. A copy costs its thread about as long as reading a
+// kilobyte takes, so a step should have few of them; but what lies behind the item's rows is copied for nothing.
+constexpr int kFew = 16, kBox = 32;
 struct RowMaps {
   simt::TensorMap few, box;
 };
@@ -21,11 +18,11 @@ struct RowMaps {
 struct StreamParams {
   ExpertsParams p;
   ExpertsPass pass;
-  simt::TensorMap up, shared_up, down, shared_down;  // tiles of 128 rows of weights, with the axes of copy_item
-  RowMaps x, hidden, shared_hidden;
+  simt::TensorMap up, shared_up, down, shared_down;  // tiles of weights, with the axes of copy_item
+  RowMaps x, shared_x, hidden, shared_hidden;
 };
 
-template <class T_, int kTokens_>
+template <class T_, int kRows_, int kTokens_>
 struct StreamTraits {
   using T = T_;
   // float16 cannot hold the square of 256: there h is 128 a + b / 16, two numbers of 16 bits, which stand side by side
@@ -33,14 +30,17 @@ struct StreamTraits {
   static constexpr bool kTwoNumbers = std::is_same_v<T, simt::float16>;
   static constexpr int kNumbers = kTwoNumbers ? 2 : 1;
   using Hidden = std::conditional_t<kTwoNumbers, float, T>;
-  static constexpr int kTokens = kTokens_, kRows = kStreamedRows, kGroups = kRows / 64, kColumns = 64;
-  static constexpr int kBox = kNumbers * kTokens / 4;
+  static constexpr int kRows = kRows_, kTokens = kTokens_, kColumns = 64;
+  static constexpr int kGroups = 2, kBlocks = kRows / 64 / kGroups;  // a warpgroup multiplies kBlocks of 64 rows
   struct Stage {
     alignas(1024) T weights[kRows * kColumns];
     alignas(1024) T tokens[kNumbers * kTokens * kColumns];
   };
   static constexpr int kStages = 192 * 1024 / sizeof(Stage);
-  static constexpr int kConsumers = kGroups * simt::kWarpgroup, kThreads = kConsumers + simt::kWarp;
+  static constexpr int kFinished = 4;  // items that wait to be signalled
+  static constexpr int kConsumers = kGroups * simt::kWarpgroup;
+  static constexpr int kCopier = kConsumers, kSignaller = kCopier + simt::kWarp;  // threads
+  static constexpr int kThreads = kSignaller + simt::kWarp;
 };
 
 // How many columns a product has, for an item of `count` tokens: 8, 16, 32, and from there on in steps of 32.
@@ -50,7 +50,7 @@ TWOTOWER_HD constexpr int product_width(int count) {
 
 struct StreamItem {
   ExpertsItem at;
-  bool down;  // of the second product
+  int down;  // 1: of the second product, 0: of the first (an int, so that no byte of an item is padding)
 };
 
 template <class Traits>
@@ -80,29 +80,33 @@ struct StreamQueue : ExpertsProduct<Traits> {
     const auto expert = [&](int tile) { return expert_of(tile); };
     const int first = ups(), shared_tiles = up_tiles(this->shared_expert());
     if (index < first)
-      return {this->item(index, shared_tiles, up_tiles(-1), this->up_outputs(Traits::kRows), expert), false};
-    return {this->item(index - first, down_tiles(), down_tiles(), Traits::kRows, expert), true};
+      return {this->item(index, shared_tiles, up_tiles(-1), this->up_outputs(Traits::kRows), expert), 0};
+    return {this->item(index - first, down_tiles(), down_tiles(), Traits::kRows, expert), 1};
   }
 
-  // Each warpgroup signals its part of an item.
   // One thread: until what the item reads is there. `all`: known to be there for every item.
   __device__ void wait(const StreamItem& item, bool& all) const {
     if (!item.down || all) return;
     const int expert = item.at.expert;
-    all = simt::has_reached(ups_ready(), Traits::kGroups * ups());
-    if (!all) simt::wait_for(pass.up_ready + expert, Traits::kGroups * up_tiles(expert) * this->token_tiles(expert));
+    all = simt::has_reached(ups_ready(), ups());
+    if (!all) simt::wait_for(pass.up_ready + expert, up_tiles(expert) * this->token_tiles(expert));
     simt::fence_copies();
   }
   // One thread: until all of out is there.
-  __device__ void wait_for_all() const { simt::wait_for(pass.down_ready, Traits::kGroups * down_tiles() * tiles()); }
+  __device__ void wait_for_all() const { simt::wait_for(pass.down_ready, down_tiles() * tiles()); }
   __device__ uint32_t* ups_ready() const { return pass.taken + 1; }
-  // One thread of a warpgroup: all of its part of the item is stored.
+  // One thread: all of the item is stored.
   __device__ void signal(const StreamItem& item) const {
     if (item.down) return simt::signal(pass.down_ready);
     simt::signal(pass.up_ready + item.at.expert);
     simt::signal(ups_ready());
   }
 
+  // Rows of weights from the item's first on that exist.
+  __device__ int rows_left(const StreamItem& item) const {
+    if (item.down) return static_cast<int>(p.D) - item.at.output;
+    return (this->width(item.at.expert) - item.at.output) * (this->gated() ? 2 : 1);
+  }
   // Steps of kColumns columns.
   __device__ int steps(const StreamItem& item) const {
     return static_cast<int>(ceil_div(item.down ? this->width(item.at.expert) : p.D, Traits::kColumns));

@@ -6,7 +6,6 @@ namespace twotower::cuda {
 namespace {
 
 constexpr const char* kOp = "moe_route";
-constexpr int kChooseThreads = 128;
 constexpr int64_t kFewTokens = 256;  // up to so many it is latency that counts: small tiles, for all SMs
 constexpr int64_t kManyTiles = 256;  // two an SM: then a block sums all slices, and logits are stored once
 
@@ -51,9 +50,10 @@ void moe_route(const RouteParams& p, void* stream) {
     else
       launch_route<T, false>(p, plan, stream);
   });
-  constexpr int kTokens = kChooseThreads / simt::kWarp;
-  simt::launch(kOp, kernels::choose_experts_kernel<kChooseThreads>, (p.T + kTokens - 1) / kTokens, kChooseThreads, 0,
-               stream, p, plan.splits);
+  const auto choose = p.E <= 4 * simt::kWarp    ? kernels::choose_experts_kernel<4>
+                      : p.E <= 16 * simt::kWarp ? kernels::choose_experts_kernel<16>
+                                                : kernels::choose_experts_kernel<0>;
+  simt::launch(kOp, choose, p.T, simt::kWarp, 0, stream, p, plan.splits);
 }
 
 }  // namespace twotower::cuda

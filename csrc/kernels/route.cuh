@@ -124,54 +124,110 @@ __global__ void __launch_bounds__(Traits::kThreads)
 
 // --- choice ----------------------------------------------------------------------------------------------------------
 
-// A warp a token. A lane has every 32nd expert, in the workspace, and reads there only what it wrote itself.
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads) choose_experts_kernel(const RouteParams p, const int64_t splits) {
-  constexpr int kWarp = simt::kWarp;
-  const int64_t t = simt::block_index() * (kThreads / kWarp) + simt::warp();
-  if (t >= p.T) return;
-  float* scores = static_cast<float*>(p.workspace) + t * p.E;  // in place of the first part of the logits
-  const float* bias = p.correction_bias.at<const float>();
-  for (int64_t e = simt::lane(); e < p.E; e += kWarp) {
-    float logit = 0;
-    for (int64_t s = 0; s < splits; ++s) logit += scores[s * p.T * p.E + e];
-    scores[e] = 1.f / (1.f + expf(-logit));
+// Scores of the experts first, first + 32, ... : the parts of each logit are added in their order, kParts of all of
+// them under way at a time. 0 for experts from E on.
+template <int kCount>
+__device__ void scores_of(const RouteParams& p, int64_t t, int64_t first, int64_t splits, float (&scores)[kCount]) {
+  constexpr int kParts = 8;
+  const float* logits = static_cast<const float*>(p.workspace) + t * p.E + first;
+  float logit[kCount] = {};
+  for (int64_t s = 0; s < splits; s += kParts) {
+    float part[kParts][kCount];
+    SIMT_UNROLL
+    for (int j = 0; j < kParts; ++j) {
+      SIMT_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        const bool present = s + j < splits && first + simt::kWarp * i < p.E;
+        part[j][i] = present ? logits[(s + j) * p.T * p.E + simt::kWarp * i] : 0.f;
+      }
+    }
+    SIMT_UNROLL
+    for (int j = 0; j < kParts; ++j) {
+      SIMT_UNROLL
+      for (int i = 0; i < kCount; ++i) logit[i] += part[j][i];
+    }
   }
+  SIMT_UNROLL
+  for (int i = 0; i < kCount; ++i) scores[i] = first + simt::kWarp * i < p.E ? 1.f / (1.f + expf(-logit[i])) : 0.f;
+}
+
+// A lane's experts: lane, lane + 32, ... An expert's rank is that of its score with the correction; 0 from E on.
+template <int kHeld>
+struct LaneExperts {  // in registers: E is at most 32 kHeld
+  float scores[kHeld];
+  uint64_t ranks[kHeld];
+
+  __device__ LaneExperts(const RouteParams& p, int64_t t, int64_t splits) {
+    scores_of(p, t, simt::lane(), splits, scores);
+    SIMT_UNROLL
+    for (int i = 0; i < kHeld; ++i) {
+      const int64_t e = simt::lane() + simt::kWarp * i;
+      ranks[i] = e < p.E ? ranked(scores[i] + p.correction_bias.at<const float>()[e], static_cast<uint32_t>(e)) : 0;
+    }
+  }
+  // body(expert, score, rank), all lanes at once, in ascending order.
+  template <class Body>
+  __device__ void each(Body&& body) const {
+    SIMT_UNROLL
+    for (int i = 0; i < kHeld; ++i) body(simt::lane() + simt::kWarp * i, scores[i], ranks[i]);
+  }
+};
+template <>
+struct LaneExperts<0> {  // any number of them, in place of the first part of the logits
+  const RouteParams& p;
+  float* scores;
+
+  __device__ LaneExperts(const RouteParams& p, int64_t t, int64_t splits)
+      : p(p), scores(static_cast<float*>(p.workspace) + t * p.E) {
+    for (int64_t e = simt::lane(); e < p.E; e += simt::kWarp) {
+      float score[1];
+      scores_of(p, t, e, splits, score);
+      scores[e] = score[0];
+    }
+  }
+  template <class Body>
+  __device__ void each(Body&& body) const {
+    const float* bias = p.correction_bias.at<const float>();
+    for (int64_t e = simt::lane(); e - simt::lane() < p.E; e += simt::kWarp) {
+      const float score = e < p.E ? scores[e] : 0.f;
+      body(e, score, e < p.E ? ranked(score + bias[e], static_cast<uint32_t>(e)) : uint64_t{0});
+    }
+  }
+};
+
+// A block of one warp a token.
+template <int kHeld>
+__global__ void __launch_bounds__(simt::kWarp) choose_experts_kernel(const RouteParams p, const int64_t splits) {
+  const int64_t t = simt::block_index();
+  const LaneExperts<kHeld> experts(p, t, splits);
 
   // The rank of the k-th best: the best of those below the one before, k times.
-  const auto rank = [&](int64_t e) { return ranked(scores[e] + bias[e], static_cast<uint32_t>(e)); };
   uint64_t last = ~uint64_t{0};
   for (int64_t i = 0; i < p.k; ++i) {
     uint64_t best = 0;
-    for (int64_t e = simt::lane(); e < p.E; e += kWarp)
-      if (const uint64_t own = rank(e); own < last) best = Better{}(best, own);
+    experts.each([&](int64_t, float, uint64_t rank) {
+      if (rank < last) best = Better{}(best, rank);
+    });
     last = simt::warp_reduce(best, Better{});
   }
 
-  // Bit i: expert from + i is chosen.
-  const auto chosen = [&](int64_t from) {
-    const int64_t e = from + simt::lane();
-    return simt::ballot(e < p.E && rank(e) >= last);
-  };
   float sum = 0;
-  for (int64_t from = 0; from < p.E; from += kWarp) {
-    const float own = from + simt::lane() < p.E ? scores[from + simt::lane()] : 0.f;
-    for (uint32_t left = chosen(from); left != 0; left &= left - 1)
-      sum += simt::shuffle(own, simt::population_count(~left & (left - 1)));
-  }
+  experts.each([&](int64_t, float score, uint64_t rank) {
+    for (uint32_t left = simt::ballot(rank >= last); left != 0; left &= left - 1)
+      sum += simt::shuffle(score, simt::population_count(~left & (left - 1)));
+  });
   int32_t* ids = p.expert_ids.at<int32_t>(t);
   float* weights = p.expert_weights.at<float>(t);
-  for (int64_t from = 0; from < p.E; from += kWarp) {
-    const uint32_t all = chosen(from), own = uint32_t{1} << simt::lane();
-    const int slot = simt::population_count(all & (own - 1));
+  experts.each([&](int64_t expert, float score, uint64_t rank) {
+    const uint32_t all = simt::ballot(rank >= last), own = uint32_t{1} << simt::lane();
     if (all & own) {
-      const int64_t e = from + simt::lane();
-      ids[slot] = static_cast<int32_t>(e);
-      weights[slot] = static_cast<float>(p.scaling) * scores[e] / (sum + 1e-20f);
+      const int slot = simt::population_count(all & (own - 1));
+      ids[slot] = static_cast<int32_t>(expert);
+      weights[slot] = static_cast<float>(p.scaling) * score / (sum + 1e-20f);
     }
     ids += simt::population_count(all);
     weights += simt::population_count(all);
-  }
+  });
 }
 
 }  // namespace twotower::kernels

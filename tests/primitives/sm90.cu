@@ -188,22 +188,27 @@ void launch_wgmma(const Entry& e, const uint32_t* in, uint32_t* out, int64_t n, 
   simt::launch(e.name, wgmma<T, N>, 1, kWarpgroup, sizeof(WgmmaSmem<T, N>), stream, p, d, out, n);
 }
 
+#define WGMMA(N)                                                               \
+  {.name = "wgmma_bfloat16_" #N, .launch = launch_wgmma<simt::bfloat16, N>}, { \
+    .name = "wgmma_float16_" #N, .launch = launch_wgmma<simt::float16, N>      \
+  }
+
 constexpr Entry kEntries[] = {
     {"barriers", barriers, 1, 2 * kWarp},
     {"warpgroup_sync", warpgroup_sync, 1, 2 * kWarpgroup},
     {.name = "copy_tile_2d", .launch = launch_copy_2d},
     {.name = "copy_tile_5d", .launch = launch_copy_5d},
     {.name = "copy_of_written", .launch = launch_copy_of_written},
-    {.name = "wgmma_bfloat16_8", .launch = launch_wgmma<simt::bfloat16, 8>},
-    {.name = "wgmma_bfloat16_16", .launch = launch_wgmma<simt::bfloat16, 16>},
-    {.name = "wgmma_bfloat16_32", .launch = launch_wgmma<simt::bfloat16, 32>},
-    {.name = "wgmma_bfloat16_64", .launch = launch_wgmma<simt::bfloat16, 64>},
-    {.name = "wgmma_bfloat16_128", .launch = launch_wgmma<simt::bfloat16, 128>},
-    {.name = "wgmma_float16_8", .launch = launch_wgmma<simt::float16, 8>},
-    {.name = "wgmma_float16_16", .launch = launch_wgmma<simt::float16, 16>},
-    {.name = "wgmma_float16_32", .launch = launch_wgmma<simt::float16, 32>},
-    {.name = "wgmma_float16_64", .launch = launch_wgmma<simt::float16, 64>},
-    {.name = "wgmma_float16_128", .launch = launch_wgmma<simt::float16, 128>},
+    WGMMA(8),
+    WGMMA(16),
+    WGMMA(32),
+    WGMMA(64),
+    WGMMA(96),
+    WGMMA(128),
+    WGMMA(160),
+    WGMMA(192),
+    WGMMA(224),
+    WGMMA(256),
 };
 
 }  // namespace
