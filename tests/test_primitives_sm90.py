@@ -92,6 +92,18 @@ def test_wgmma_of_whole_numbers_is_exact(backend: Backend, name: str, n: int, ro
 
 
 @every_hopper
+@pytest.mark.parametrize("n", [32, 256])
+def test_wgmma_of_rows_copied_by_threads(backend: Backend, n: int):
+    """Through arrive_when_copied and fence_products: the same bits as of tiles."""
+    g = torch.Generator().manual_seed(n)
+    a, b = (torch.randn(rows, 128, generator=g).to(torch.bfloat16) for rows in (64, n))
+    given = torch.cat([a.view(torch.int32).flatten(), b.view(torch.int32).flatten(), torch.zeros(64 * n).int()])
+    out = run(backend, f"wgmma_of_rows_{n}", given, torch.zeros(64, n), 2)
+    assert torch.equal(out, run(backend, f"wgmma_bfloat16_{n}", given, torch.zeros(64, n), 2))
+    assert (out - 2 * a.float() @ b.float().T).abs().max() < 1e-3
+
+
+@every_hopper
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_wgmma_rounds_alike_at_every_width(backend: Backend, name: str):
     """What tokens that do not depend on their batch rest on."""

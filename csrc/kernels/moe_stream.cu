@@ -1,4 +1,4 @@
-// Describes the operands' tiles and launches the sort, the gathering of tokens and the streaming products.
+// Describes the operands and launches the sort and the streaming products.
 #include <cstdlib>
 #include <string_view>
 
@@ -11,34 +11,36 @@ namespace {
 
 using kernels::ExpertsPass;
 
-// The pass, the gathered rows of x, and the bytes of both.
+// The pass, room for aligned rows of x, and the bytes of both.
 struct Layout {
   ExpertsPass pass;
-  void* gathered;
+  void* rows;
   int64_t bytes;
 };
 Layout lay_out(const ExpertsParams& p, int64_t tokens) {
   auto [pass, used] = kernels::lay_out_pass(p, tokens);
-  void* gathered = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(p.workspace) + used);
-  return {pass, gathered, used + (pass.pairs + tokens) * p.D * 2};
+  void* rows = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(p.workspace) + used);
+  return {pass, rows, used + tokens * p.D * 2};
+}
+
+// The pass's rows of x as they are, or, where they are not aligned, copied to `room`.
+template <class T>
+Rows<1> aligned_rows(const char* op, const ExpertsParams& p, const ExpertsPass& pass, void* room, void* stream) {
+  if (aligned<T>(p.x)) return {p.x.at<T>(pass.first), {p.x.stride[0]}};
+  simt::launch(op, kernels::align_rows_kernel<T>, pass.tokens, kernels::kAlignThreads, 0, stream, p, pass.first,
+               static_cast<T*>(room));
+  return {room, {p.D}};
 }
 
 template <class Traits>
-void launch_pass(const char* op, const ExpertsParams& p, ExpertsPass pass, void* gathered, void* stream) {
+void launch_pass(const char* op, const ExpertsParams& p, ExpertsPass pass, void* room, void* stream) {
   using T = typename Traits::T;
   constexpr auto kKernel = kernels::moe_stream_kernel<Traits>;
   constexpr size_t kShared = sizeof(kernels::StreamSmem<Traits>);
   pass.tile_rows = Traits::kTokens;
-  pass.x_aligned = aligned<T>(p.x);
   pass.y_aligned = aligned<T>(p.y);
-  // The shared expert's tokens stand in their order, often in x as it is.
-  const bool in_place = pass.x_aligned && p.x.stride[0] >= p.D;
-  const auto params = kernels::describe<Traits>(op, p, pass, static_cast<const T*>(gathered), in_place);
+  const auto params = kernels::describe<Traits>(op, p, pass, aligned_rows<T>(op, p, pass, room, stream));
   sort_pairs(op, p, pass, stream);
-  const int64_t gathered_rows = pass.pairs + (p.shared_F > 0 && !in_place ? pass.tokens : 0);
-  if (gathered_rows > 0)
-    simt::launch(op, kernels::gather_rows_kernel<T>, gathered_rows, kernels::kGatherThreads, 0, stream, p, pass,
-                 static_cast<T*>(gathered));
   const int64_t blocks = simt::coresident_blocks<kKernel>(op, Traits::kThreads, kShared);
   simt::launch_coresident(op, kKernel, blocks, Traits::kThreads, kShared, stream, params);
 }
@@ -48,7 +50,7 @@ void choose(const char* op, const ExpertsParams& p, const StreamedTile& tile, co
   constexpr StreamedTile kTile = kStreamedTiles[kIndex];
   if constexpr (kIndex + 1 < std::size(kStreamedTiles) && std::is_same_v<T, simt::bfloat16>)
     if (&tile != &kStreamedTiles[kIndex]) return choose<T, kIndex + 1>(op, p, tile, layout, stream);
-  launch_pass<kernels::StreamTraits<T, kTile.rows, kTile.tokens>>(op, p, layout.pass, layout.gathered, stream);
+  launch_pass<kernels::StreamTraits<T, kTile.rows, kTile.tokens>>(op, p, layout.pass, layout.rows, stream);
 }
 
 }  // namespace

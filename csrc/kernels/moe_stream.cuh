@@ -25,6 +25,7 @@ struct StreamSmem {
   StreamItem items[Traits::kStages];  // which item starts in the stage
   simt::Barrier stored[Traits::kFinished], signalled[Traits::kFinished];
   StreamItem finished[Traits::kFinished];
+  int operand[Traits::kNumbers * Traits::kTokens];  // of each row of tokens that is copied: its number, -1 for none
   // Copies of the pass's: finding an item among them takes a fraction of a microsecond, of which an item has some ten.
   int32_t start[kMaxStreamedExperts + 1], tiles[kMaxStreamedExperts + 1];
 };
@@ -41,32 +42,80 @@ struct Ring {
   }
 };
 
-// --- the thread that copies ------------------------------------------------------------------------------------------
+// --- the warp that copies --------------------------------------------------------------------------------------------
 
-// Starts the copies of an item. Axes of weights: column, row, -, -, expert; those of gated `up`: column, row in 8, gate
-// or value, group of 8 rows, expert, so that 8 gate rows and their 8 value rows follow one another.
+// Where the rows of an item's tokens are, or of their h: row `operand` at from + operand * stride.
+template <class Traits>
+struct TokenRows {
+  const typename Traits::T* from;
+  int64_t stride;
+  int count;  // of the product's columns
+
+  // Collective of the warp.
+  __device__ TokenRows(const StreamParams& s, const StreamQueue<Traits>& queue, const StreamItem& item,
+                       StreamSmem<Traits>& smem) {
+    const ExpertsItem& at = item.at;
+    const int numbers = item.down ? Traits::kNumbers : 1, present = at.count * numbers;
+    const bool in_order = item.down || queue.is_shared(at.expert);
+    count = product_width(at.count) * numbers;
+    stride = item.down ? queue.hidden_stride(at.expert) : s.x.stride[0];
+    from = static_cast<const typename Traits::T*>(s.x.data);
+    if (item.down)
+      from = reinterpret_cast<const typename Traits::T*>(queue.hidden_row(at.expert, at.row));
+    else if (in_order)
+      from += (at.row - queue.pass.pairs) * stride;
+    for (int row = simt::lane(); row < count; row += simt::kWarp)
+      smem.operand[row] = row >= present ? -1 : in_order ? row : queue.pass.token_of[at.row + row];
+    simt::warp_sync();
+  }
+  // Starts the copies of kColumns columns, of which `left` exist; all else arrives as zeros.
+  __device__ void copy(simt::SharedTile<typename Traits::T, Traits::kNumbers * Traits::kTokens, Traits::kColumns>& tile,
+                       const StreamSmem<Traits>& smem, int column, int left) const {
+    using Tile = std::remove_reference_t<decltype(tile)>;
+    constexpr int kRowsAtOnce = simt::kWarp / Tile::kChunks;
+    const int chunk = simt::lane() % Tile::kChunks, within = chunk * Tile::kChunk;
+    const uint32_t to = simt::shared_address(&tile);
+    SIMT_UNROLL_BY(4)
+    for (int row = simt::lane() / Tile::kChunks; row < count; row += kRowsAtOnce) {
+      const int operand = smem.operand[row];
+      const bool copied = operand >= 0 && within < left;
+      const typename Traits::T* source = copied ? from + operand * stride + column + within : from;
+      simt::cp_async(to + Tile::place(row, chunk) * int{sizeof(typename Traits::T)}, source, copied ? 16 : 0);
+    }
+  }
+};
+
+// One thread: starts the copy of a step's weights. Axes of the maps: column, row, -, -, expert; of those of gated `up`:
+// column, row in 8, gate or value, group of 8 rows, expert, so that 8 gate rows and their 8 value rows follow one
+// another.
+template <class Traits>
+__device__ void copy_weights(const StreamParams& s, const StreamQueue<Traits>& queue, const StreamItem& item,
+                             int column,
+                             const simt::SharedTile<typename Traits::T, Traits::kRows, Traits::kColumns>& tile,
+                             simt::Barrier& full) {
+  const bool shared = queue.is_shared(item.at.expert), grouped = !item.down && queue.gated();
+  const simt::TensorMap& weights = item.down ? (shared ? s.shared_down : s.down) : (shared ? s.shared_up : s.up);
+  const int output = item.at.output, expert = shared ? 0 : item.at.expert;
+  full.arrive_expecting(sizeof tile);
+  simt::copy_tile(simt::shared_address(&tile), weights, full,
+                  {column, grouped ? 0 : output, 0, grouped ? output / 8 : 0, expert});
+}
+
 template <class Traits>
 __device__ void copy_item(const StreamParams& s, const StreamQueue<Traits>& queue, const StreamItem& item,
                           StreamSmem<Traits>& smem, Ring<Traits::kStages>& ring) {
-  constexpr int kRowBytes = Traits::kColumns * sizeof(typename Traits::T);
-  const bool shared = queue.is_shared(item.at.expert), grouped = !item.down && queue.gated();
-  const simt::TensorMap& weights = item.down ? (shared ? s.shared_down : s.down) : (shared ? s.shared_up : s.up);
-  const RowMaps& maps = item.down ? (shared ? s.shared_hidden : s.hidden) : (shared ? s.shared_x : s.x);
-  const int output = item.at.output, expert = shared ? 0 : item.at.expert;
-  const int numbers = item.down ? Traits::kNumbers : 1, rows = product_width(item.at.count) * numbers;
-  const int row = (shared ? item.at.row - static_cast<int>(queue.pass.pairs) : item.at.row) * numbers;
-  const int box = rows <= kFew ? kFew : kBox, boxes = ceil_div(rows, box);
-  const simt::TensorMap& tokens = rows <= kFew ? maps.few : maps.box;
-  const int steps = queue.steps(item);
-  for (int step = 0, column = 0; step < steps; ++step, column += Traits::kColumns) {
+  const TokenRows<Traits> tokens(s, queue, item, smem);
+  const int columns = queue.columns(item);
+  for (int column = 0; column < columns; column += Traits::kColumns) {
+    typename Traits::Stage& stage = smem.stages[ring.stage];
     simt::Barrier& full = smem.full[ring.stage];
     smem.empty[ring.stage].wait(ring.parity ^ 1);
-    if (step == 0) smem.items[ring.stage] = item;
-    full.arrive_expecting((Traits::kRows + boxes * box) * kRowBytes);
-    simt::copy_tile(simt::shared_address(smem.stages[ring.stage].weights), weights, full,
-                    {column, grouped ? 0 : output, 0, grouped ? output / 8 : 0, expert});
-    const uint32_t to = simt::shared_address(smem.stages[ring.stage].tokens);
-    for (int i = 0; i < boxes; ++i) simt::copy_tile(to + i * box * kRowBytes, tokens, full, {column, row + i * box});
+    if (simt::lane() == 0) {
+      if (column == 0) smem.items[ring.stage] = item;
+      copy_weights(s, queue, item, column, stage.weights, full);
+    }
+    tokens.copy(stage.tokens, smem, column, columns - column);
+    full.arrive_when_copied();
     ring.advance();
   }
 }
@@ -78,17 +127,22 @@ __device__ void copy_items(const StreamParams& s, const StreamQueue<Traits>& que
   int index = static_cast<int>(simt::block_index());
   for (;;) {
     // Asked for before it is needed, and so while this item's copies wait for room.
-    const uint32_t taken = simt::atomic_add(queue.pass.taken, 1u);
+    uint32_t taken = 0;
+    if (simt::lane() == 0) taken = simt::atomic_add(queue.pass.taken, 1u);
     const StreamItem item = queue.find(index);
     if (item.at.expert < 0) {
       smem.empty[ring.stage].wait(ring.parity ^ 1);
-      smem.items[ring.stage] = item;
-      smem.full[ring.stage].arrive();
+      if (simt::lane() == 0) {
+        smem.items[ring.stage] = item;
+        smem.full[ring.stage].arrive();
+      }
+      smem.full[ring.stage].arrive_when_copied();
       return;
     }
-    queue.wait(item, all_ready);
+    if (simt::lane() == 0) queue.wait(item, all_ready);
+    simt::warp_sync();  // what the first lane has waited for is there for all; none reads the rows before any more
     copy_item(s, queue, item, smem, ring);
-    index = static_cast<int>(simt::block_count() + taken);
+    index = static_cast<int>(simt::block_count() + simt::shuffle(taken, 0));
   }
 }
 
@@ -117,9 +171,10 @@ __device__ void multiply_steps(float (&d)[Traits::kBlocks][N / 2], int steps, St
   int last = 0;
   for (int step = 0; step < steps; ++step) {
     smem.full[ring.stage].wait(ring.parity);
-    const uint32_t tokens = simt::shared_address(smem.stages[ring.stage].tokens);
+    simt::fence_products();  // tokens have not come as tiles
+    const uint32_t tokens = simt::shared_address(&smem.stages[ring.stage].tokens);
     const uint32_t weights =
-        simt::shared_address(smem.stages[ring.stage].weights) + warpgroup() * Traits::kBlocks * kBlockBytes;
+        simt::shared_address(&smem.stages[ring.stage].weights) + warpgroup() * Traits::kBlocks * kBlockBytes;
     simt::wgmma_begin();
     SIMT_UNROLL
     for (int k = 0; k < Traits::kColumns / 16; ++k) {
@@ -244,7 +299,7 @@ __device__ void multiply_item(const StreamQueue<Traits>& queue, const StreamItem
   constexpr int kNarrower = N <= 32 ? N / 2 : N - 32;
   if constexpr (N > 8)
     if (item.at.count <= kNarrower) return multiply_item<Traits, kNarrower>(queue, item, smem, ring);
-  const int steps = queue.steps(item);
+  const int steps = ceil_div(queue.columns(item), Traits::kColumns);
   if (queue.rows_left(item) <= warpgroup() * Traits::kBlocks * 64) return skip_steps(steps, smem, ring);
   if (!item.down) {
     float d[Traits::kBlocks][N / 2];
@@ -309,7 +364,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(SIMT_CO
     }
     if (simt::thread_index() == 0) {
       for (int i = 0; i < Traits::kStages; ++i) {
-        smem.full[i].init(1);
+        smem.full[i].init(1 + simt::kWarp);
         smem.empty[i].init(Traits::kConsumers / simt::kWarp);
       }
       for (int i = 0; i < Traits::kFinished; ++i) {
@@ -320,8 +375,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(SIMT_CO
     }
     simt::block_sync();
     if (simt::thread_index() >= Traits::kConsumers) {
-      if (simt::thread_index() == Traits::kCopier) copy_items(s, queue, smem);
-      if (simt::thread_index() == Traits::kSignaller) signal_items(queue, smem);
+      if (simt::warp() == Traits::kCopier) copy_items(s, queue, smem);
+      if (simt::warp() == Traits::kSignaller && simt::lane() == 0) signal_items(queue, smem);
       return;
     }
     multiply_items(queue, smem);
@@ -331,25 +386,18 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(SIMT_CO
   }
 }
 
-constexpr int kGatherThreads = 256;
+constexpr int kAlignThreads = 256;
 
-// The rows of x in the order of experts, then token by token for the shared expert: what one copy can take. A block a
-// row.
+// The pass's rows of x, one after the other: for an x whose rows do not start at multiples of 16 bytes. A block a row.
 template <class T>
-__global__ void gather_rows_kernel(const ExpertsParams p, const ExpertsPass pass, T* to) {
+__global__ void align_rows_kernel(const ExpertsParams p, const int64_t first, T* to) {
   constexpr int kVector = 16 / sizeof(T);
-  const int row = static_cast<int>(simt::block_index());
-  const bool shared = row >= pass.pairs;
-  if (!shared && row >= pass.start[p.E]) return;  // pairs of no expert have no row
-  const T* from = p.x.at<const T>(pass.first + (shared ? row - pass.pairs : pass.token_of[row]));
-  to += row * p.D;
-  for (int64_t i = simt::thread_index() * kVector; i < p.D; i += kGatherThreads * kVector) {
+  const int64_t row = simt::block_index();
+  const T* from = p.x.at<const T>(first + row);
+  for (int64_t i = simt::thread_index() * kVector; i < p.D; i += kAlignThreads * kVector) {
     simt::Vector<T, kVector> v;
-    if (pass.x_aligned)
-      v = simt::load<T, kVector>(from + i);
-    else
-      for (int j = 0; j < kVector; ++j) v.at[j] = from[i + j];
-    simt::store(to + i, v);
+    for (int j = 0; j < kVector; ++j) v.at[j] = from[i + j];
+    simt::store(to + row * p.D + i, v);
   }
 }
 

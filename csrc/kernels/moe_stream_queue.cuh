@@ -8,18 +8,11 @@ namespace twotower::kernels {
 
 using cuda::kMaxStreamedExperts;
 
-// Rows of tokens, or of h: in tiles of kFew rows, and of kBox. A copy costs its thread about as long as reading a
-// kilobyte takes, so a step should have few of them; but what lies behind the item's rows is copied for nothing.
-constexpr int kFew = 16, kBox = 32;
-struct RowMaps {
-  simt::TensorMap few, box;
-};
-
 struct StreamParams {
   ExpertsParams p;
   ExpertsPass pass;
-  simt::TensorMap up, shared_up, down, shared_down;  // tiles of weights, with the axes of copy_item
-  RowMaps x, shared_x, hidden, shared_hidden;
+  simt::TensorMap up, shared_up, down, shared_down;  // tiles of weights, with the axes of copy_weights
+  Rows<1> x;                                         // of the pass's tokens, aligned
 };
 
 template <class T_, int kRows_, int kTokens_>
@@ -33,14 +26,14 @@ struct StreamTraits {
   static constexpr int kRows = kRows_, kTokens = kTokens_, kColumns = 64;
   static constexpr int kGroups = 2, kBlocks = kRows / 64 / kGroups;  // a warpgroup multiplies kBlocks of 64 rows
   struct Stage {
-    alignas(1024) T weights[kRows * kColumns];
-    alignas(1024) T tokens[kNumbers * kTokens * kColumns];
+    alignas(1024) simt::SharedTile<T, kRows, kColumns> weights;
+    alignas(1024) simt::SharedTile<T, kNumbers * kTokens, kColumns> tokens;
   };
   static constexpr int kStages = 192 * 1024 / sizeof(Stage);
   static constexpr int kFinished = 4;  // items that wait to be signalled
   static constexpr int kConsumers = kGroups * simt::kWarpgroup;
-  static constexpr int kCopier = kConsumers, kSignaller = kCopier + simt::kWarp;  // threads
-  static constexpr int kThreads = kSignaller + simt::kWarp;
+  static constexpr int kCopier = kConsumers / simt::kWarp, kSignaller = kCopier + 1;  // warps
+  static constexpr int kThreads = (kSignaller + 1) * simt::kWarp;
 };
 
 // How many columns a product has, for an item of `count` tokens: 8, 16, 32, and from there on in steps of 32.
@@ -90,7 +83,6 @@ struct StreamQueue : ExpertsProduct<Traits> {
     const int expert = item.at.expert;
     all = simt::has_reached(ups_ready(), ups());
     if (!all) simt::wait_for(pass.up_ready + expert, up_tiles(expert) * this->token_tiles(expert));
-    simt::fence_copies();
   }
   // One thread: until all of out is there.
   __device__ void wait_for_all() const { simt::wait_for(pass.down_ready, down_tiles() * tiles()); }
@@ -107,9 +99,9 @@ struct StreamQueue : ExpertsProduct<Traits> {
     if (item.down) return static_cast<int>(p.D) - item.at.output;
     return (this->width(item.at.expert) - item.at.output) * (this->gated() ? 2 : 1);
   }
-  // Steps of kColumns columns.
-  __device__ int steps(const StreamItem& item) const {
-    return static_cast<int>(ceil_div(item.down ? this->width(item.at.expert) : p.D, Traits::kColumns));
+  // Of the item's operands.
+  __device__ int columns(const StreamItem& item) const {
+    return item.down ? this->width(item.at.expert) : static_cast<int>(p.D);
   }
 };
 

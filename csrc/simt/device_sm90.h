@@ -42,6 +42,11 @@ struct alignas(8) Barrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
                  : "memory");
   }
+  // Arrives when all cp_async that this thread has started so far have landed, without its waiting for them: whoever
+  // waits for the phase then sees them. They belong to no group.
+  __device__ void arrive_when_copied() {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(this)) : "memory");
+  }
   // Until the phase of this parity (0 of the first) has ended. No thread may fall two phases behind.
   __device__ void wait(uint32_t parity) {
     uint32_t over = 0;
@@ -93,6 +98,12 @@ __device__ void copy_tile(uint32_t shared, const TensorMap& map, Barrier& barrie
 // starts from now on read.
 __device__ inline void fence_copies() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// What this thread has stored to shared memory or seen stored there by others (after a wait), by cp_async too, is what
+// products that it takes part in from now on read.
+__device__ inline void fence_products() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // --- products: collective of a warpgroup -----------------------------------------------------------------------------

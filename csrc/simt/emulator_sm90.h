@@ -25,6 +25,8 @@ void barriers_publish();
 void warpgroup_barrier();
 void copy_tile(uint32_t shared, const TensorMap& map, void* barrier, const int* at, int axes);
 void copies_fence();
+void barrier_arrive_when_copied(void* barrier);
+void products_fence();
 void products_begin();
 void products_commit();
 void products_wait(int pending);
@@ -39,6 +41,7 @@ struct alignas(8) Barrier {
   __attribute__((always_inline)) void init(uint32_t arrivals) { emulated::barrier_init(this, arrivals); }
   __attribute__((always_inline)) void arrive() { emulated::barrier_arrive(this, 0); }
   __attribute__((always_inline)) void arrive_expecting(uint32_t bytes) { emulated::barrier_arrive(this, bytes); }
+  __attribute__((always_inline)) void arrive_when_copied() { emulated::barrier_arrive_when_copied(this); }
   __attribute__((always_inline)) void wait(uint32_t parity) { emulated::barrier_wait(this, parity); }
 };
 
@@ -55,6 +58,9 @@ SIMT_WRAPPER void copy_tile(uint32_t shared, const TensorMap& map, Barrier& barr
 }
 SIMT_WRAPPER void fence_copies() {
   emulated::copies_fence();
+}
+SIMT_WRAPPER void fence_products() {
+  emulated::products_fence();
 }
 SIMT_WRAPPER void wgmma_begin() {
   emulated::products_begin();

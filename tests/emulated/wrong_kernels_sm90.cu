@@ -161,6 +161,51 @@ __global__ void product_of_stored(uint32_t* out) {
   out[thread_index()] = d[0] == 0.f;
 }
 
+// The threads copy two tiles row by row and multiply them.
+enum class Mistake { none, no_fence, fence_before_wait, no_wait, no_arrival };
+template <Mistake kMistake>
+__global__ void product_of_rows(uint32_t* out) {
+  Tiles& s = tiles(128);
+  for (int i = thread_index(); i < 2 * 64 * 8; i += 128)
+    simt::cp_async(simt::shared_address(s.at[0]) + 16 * i, out + 4 * (i % 512), 16);
+  if (kMistake != Mistake::no_arrival || thread_index() > 0) s.bars[0].arrive_when_copied();
+  if (kMistake == Mistake::no_arrival && thread_index() == 0) s.bars[0].arrive();
+  if (kMistake == Mistake::fence_before_wait) simt::fence_products();
+  if (kMistake != Mistake::no_wait) s.bars[0].wait(0);
+  if (kMistake != Mistake::no_fence && kMistake != Mistake::fence_before_wait) simt::fence_products();
+  float d[8] = {};
+  simt::wgmma_begin();
+  simt::wgmma<simt::float16, 16>(d, simt::shared_address(s.at[0]), simt::shared_address(s.at[1]));
+  simt::wgmma_commit();
+  simt::wgmma_wait<0>(d);
+  if (kMistake == Mistake::no_wait) s.bars[0].wait(0);
+  out[4096 + thread_index()] = d[0] == 0.f;
+}
+
+// A cp.async into what a product still reads.
+__global__ void rows_refilled_before_the_wait(uint32_t* out) {
+  Tiles& s = tiles();
+  if (thread_index() == 0) {
+    s.bars[0].arrive_expecting(2 * kTile);
+    copy(s, 0, 0, out);
+    copy(s, 1, 0, out);
+  }
+  s.bars[0].wait(0);
+  float d[8] = {};
+  simt::wgmma_begin();
+  simt::wgmma<simt::float16, 16>(d, simt::shared_address(s.at[0]), simt::shared_address(s.at[1]));
+  simt::wgmma_commit();
+  if (thread_index() == 0) simt::cp_async(simt::shared_address(s.at[1]), out, 16);
+  simt::wgmma_wait<0>(d);
+}
+
+__global__ void block_ends_before_its_rows(uint32_t* out) {
+  Tiles& s = tiles();
+  if (thread_index() != 0) return;
+  simt::cp_async(simt::shared_address(s.at[0]), out, 16);
+  s.bars[0].arrive_when_copied();
+}
+
 __global__ void sums_before_the_wait(uint32_t* out) {
   Tiles& s = tiles();
   if (thread_index() == 0) {
@@ -259,6 +304,13 @@ constexpr Entry kEntries[] = {
     {"product_of_other_rows", product_of_other_rows, 1, sizeof(Tiles), false, 128},
     {"operands_differ", operands_differ, 1, sizeof(Tiles), false, 128},
     {"product_of_stored", product_of_stored, 1, sizeof(Tiles), false, 128},
+    {"product_of_rows", product_of_rows<Mistake::none>, 1, sizeof(Tiles), false, 128},
+    {"product_of_rows_without_a_fence", product_of_rows<Mistake::no_fence>, 1, sizeof(Tiles), false, 128},
+    {"product_of_rows_fenced_too_soon", product_of_rows<Mistake::fence_before_wait>, 1, sizeof(Tiles), false, 128},
+    {"product_of_rows_not_awaited", product_of_rows<Mistake::no_wait>, 1, sizeof(Tiles), false, 128},
+    {"rows_that_nobody_waits_for", product_of_rows<Mistake::no_arrival>, 1, sizeof(Tiles), false, 128},
+    {"rows_refilled_before_the_wait", rows_refilled_before_the_wait, 1, sizeof(Tiles), false, 128},
+    {"block_ends_before_its_rows", block_ends_before_its_rows, 1, sizeof(Tiles), false},
     {"sums_before_the_wait", sums_before_the_wait, 1, sizeof(Tiles), false, 128},
     {"one_warp_is_forgotten", one_warp_is_forgotten, 1, sizeof(Tiles), false, 128},
     {"wrong_parity", wrong_parity, 1, sizeof(Tiles), false},

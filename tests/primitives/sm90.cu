@@ -144,24 +144,35 @@ struct WgmmaSmem {
 };
 struct Operands {
   simt::TensorMap a, b;
+  const uint32_t* rows;  // of b
 };
-// d += a bᵀ over two stages of 64 columns, n times over: the second stage's products start while the first's run.
-template <class T, int N>
+// d += a bᵀ over two stages of 64 columns, n times over: the second stage's products start while the first's run. b
+// comes as tiles, or row by row from all threads.
+template <class T, int N, bool kByRows>
 __global__ void wgmma(SIMT_CONSTANT const Operands p, const uint32_t* d_in, uint32_t* out, int64_t n) {
   if constexpr (simt::kHopper) {
     auto& s = simt::dynamic_shared<WgmmaSmem<T, N>>();
     const int thread = simt::thread_index(), g = thread / kWarp * 16 + thread % kWarp / 4, c = thread % 4 * 2;
     if (thread == 0) {
-      s.full.init(1);
+      s.full.init(1 + (kByRows ? kWarpgroup : 0));
       simt::publish_barriers();
-      s.full.arrive_expecting(sizeof s.a + sizeof s.b);
+      s.full.arrive_expecting(sizeof s.a + (kByRows ? 0 : sizeof s.b));
       for (int i = 0; i < 2; ++i) {
         simt::copy_tile(simt::shared_address(s.a[i]), p.a, s.full, {64 * i, 0});
-        simt::copy_tile(simt::shared_address(s.b[i]), p.b, s.full, {64 * i, 0});
+        if (!kByRows) simt::copy_tile(simt::shared_address(s.b[i]), p.b, s.full, {64 * i, 0});
       }
     }
     simt::block_sync();
+    if (kByRows) {
+      for (int i = thread; i < 2 * N * 8; i += kWarpgroup) {
+        const int stage = i / (N * 8), row = i / 8 % N, chunk = i % 8;
+        simt::cp_async(simt::shared_address(s.b[stage]) + row * 128 + (chunk ^ row % 8) * 16,
+                       p.rows + row * 64 + stage * 32 + chunk * 4, 16);
+      }
+      s.full.arrive_when_copied();
+    }
     s.full.wait(0);
+    if (kByRows) simt::fence_products();
     float d[N / 2];
     const auto place = [&](int i) { return (g + i / 2 % 2 * 8) * N + i / 4 * 8 + c + i % 2; };
     SIMT_UNROLL
@@ -180,12 +191,12 @@ __global__ void wgmma(SIMT_CONSTANT const Operands p, const uint32_t* d_in, uint
   }
 }
 // in: a [64, 128], b [N, 128], then d [64, N] in float32.
-template <class T, int N>
+template <class T, int N, bool kByRows = false>
 void launch_wgmma(const Entry& e, const uint32_t* in, uint32_t* out, int64_t n, void* stream) {
   const uint32_t *b = in + 64 * 64, *d = b + N * 64;
   const Operands p{simt::tensor_map<T, 2>(e.name, in, {128, 64}, {1, 128}, {64, 64}),
-                   simt::tensor_map<T, 2>(e.name, b, {128, N}, {1, 128}, {64, N})};
-  simt::launch(e.name, wgmma<T, N>, 1, kWarpgroup, sizeof(WgmmaSmem<T, N>), stream, p, d, out, n);
+                   simt::tensor_map<T, 2>(e.name, b, {128, N}, {1, 128}, {64, N}), b};
+  simt::launch(e.name, wgmma<T, N, kByRows>, 1, kWarpgroup, sizeof(WgmmaSmem<T, N>), stream, p, d, out, n);
 }
 
 #define WGMMA(N)                                                               \
@@ -199,6 +210,8 @@ constexpr Entry kEntries[] = {
     {.name = "copy_tile_2d", .launch = launch_copy_2d},
     {.name = "copy_tile_5d", .launch = launch_copy_5d},
     {.name = "copy_of_written", .launch = launch_copy_of_written},
+    {.name = "wgmma_of_rows_32", .launch = launch_wgmma<simt::bfloat16, 32, true>},
+    {.name = "wgmma_of_rows_256", .launch = launch_wgmma<simt::bfloat16, 256, true>},
     WGMMA(8),
     WGMMA(16),
     WGMMA(32),

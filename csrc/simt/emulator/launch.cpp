@@ -42,6 +42,7 @@ bool run_together(const std::vector<int64_t>& indices) {
   machine.running = nullptr;
   machine.counters.clear();
   machine.tiles.clear();
+  machine.arrivals.clear();
   while (machine.blocks.size() < indices.size()) machine.blocks.push_back(std::make_unique<Block>());
   machine.blocks.resize(indices.size());
   const auto threads = static_cast<uint32_t>(indices.size() * launch.threads);
@@ -60,6 +61,7 @@ bool run_together(const std::vector<int64_t>& indices) {
       start_thread(block, indices[i], t, i * launch.threads + t, static_cast<int64_t>(i) * launch.threads);
       block.fibers.back()->knows.base = nothing_known;
       block.fibers.back()->fenced = {nothing_known, 0, block.fibers.back()->knows.index, indices[i]};
+      block.fibers.back()->fenced_products = block.fibers.back()->fenced;
     }
     for (int t = 0; t < launch.threads / kWarpgroup * kWarpgroup; ++t)
       block.warpgroups[t / kWarpgroup].threads[t % kWarpgroup] = block.fibers[t];

@@ -14,14 +14,18 @@ namespace {
 constexpr int kCopy = 16;  // bytes of a cp.async
 
 void land(PendingCopy& copy) {
-  if (copy.landed) return;
-  copy.landed = true;
-  std::byte* to = machine.running->block->arena.bytes + copy.shared;
-  if (copy.bytes > 0) std::memcpy(to, copy.global, copy.bytes);
-  std::memset(to + copy.bytes, 0, kCopy - copy.bytes);
+  land(*machine.running->block, copy);
 }
 
 }  // namespace
+
+void land(const Block& block, PendingCopy& copy) {
+  if (copy.landed) return;
+  copy.landed = true;
+  std::byte* to = block.arena.bytes + copy.shared;
+  if (copy.bytes > 0) std::memcpy(to, copy.global, copy.bytes);
+  std::memset(to + copy.bytes, 0, kCopy - copy.bytes);
+}
 
 Arena::Arena() {
   void* p = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -113,6 +117,9 @@ void copy_async(uint32_t shared, const void* global, int bytes) {
 #endif
     note_access(global, bytes, Access::read, PC);
   }
+  if (const Product* reading = product_reading(*me->block, shared, kCopy))
+    fail("RACE: cp_async at %s overwrites what the wgmma at %s reads, which nobody has waited for",
+         source_line(PC).c_str(), source_line(reading->pc).c_str());
   note_access(arena.bytes + shared, kCopy, Access::async_write, PC);
   me->open_copies.push_back({shared, global, bytes, false});
   if (machine.policy.async == Async::early) land(me->open_copies.back());
@@ -129,7 +136,7 @@ void copy_wait(int pending) {
   while (static_cast<int>(me->copy_groups.size()) > pending) {
     for (PendingCopy& copy : me->copy_groups.front()) {
       land(copy);
-      note_landing(copy.shared);
+      note_landing(*me->block, copy.shared, me->knows);
     }
     me->copy_groups.pop_front();
   }

@@ -178,13 +178,12 @@ void note_access_of(const Knowledge& who, const void* p, size_t bytes, Access ac
   }
 }
 
-void note_landing(uint32_t shared) {
+void note_landing(Block& block, uint32_t shared, const Knowledge& thread) {
   if (!race_checking) return;
-  const Knowledge& me = machine.running->knows;
   for (int i = 0; i < 16; ++i) {
-    Cell& cell = machine.running->block->arena.shadow[shared + i];
+    Cell& cell = block.arena.shadow[shared + i];
     cell.pending = false;
-    cell.write_clock = me.own;
+    cell.write_clock = thread.own;
   }
 }
 
@@ -199,9 +198,11 @@ void note_copied_to(const void* p, size_t bytes, uint32_t copier, uint32_t numbe
   }
 }
 
-uint32_t last_writer(const void* p) {
-  const Arena& arena = machine.running->block->arena;
-  return arena.shadow[static_cast<const std::byte*>(p) - arena.bytes].writer;
+bool is_stored_since(const void* p, const Knowledge& fenced) {
+  const Block& block = *machine.running->block;
+  const Cell& cell = block.arena.shadow[static_cast<const std::byte*>(p) - block.arena.bytes];
+  if (cell.writer >= block.first_copier) return false;
+  return cell.writer == fenced.index ? cell.write_clock > fenced.own : !fenced.has_seen(cell.writer, cell.write_clock);
 }
 
 bool is_copied(const void* p, const Knowledge& fenced) {

@@ -10,6 +10,7 @@
 namespace twotower::simt::emulated {
 
 struct Fiber;
+struct Block;
 
 using Clock = std::vector<uint32_t>;  // per thread of the running blocks: how much of it is known
 
@@ -50,15 +51,15 @@ void reset_global_shadow();
 // An access by the running thread; shared or global memory, whichever `p` is in.
 void note_access(const void* p, size_t bytes, Access access, uintptr_t pc);
 void note_access_of(const Knowledge& who, const void* p, size_t bytes, Access access, uintptr_t pc);
-// The last writer of a byte of shared memory, as a Knowledge's index.
-uint32_t last_writer(const void* p);
+// Whether a thread, no copy, was the last to write a byte of shared memory, and did so after all that `fenced` knows.
+bool is_stored_since(const void* p, const Knowledge& fenced);
 // The running thread starts copy `number` of `copier` to shared memory.
 void note_copied_to(const void* p, size_t bytes, uint32_t copier, uint32_t number, uintptr_t pc);
 // Whether a copy from global memory may find what this byte holds: nothing has written it in this launch, or before the
 // last fence_copies of the thread that started the copy, which knew `fenced` then.
 bool is_copied(const void* p, const Knowledge& fenced);
-// The running thread has waited for its cp.async to these 16 bytes of shared memory.
-void note_landing(uint32_t shared);
+// A thread's cp.async to these 16 bytes of the block's shared memory has landed, and it knows.
+void note_landing(Block& block, uint32_t shared, const Knowledge& thread);
 // Addresses of code as the shadow keeps them: distances from the library's start.
 uint32_t short_pc(uintptr_t pc);
 uintptr_t long_pc(uint32_t pc);

@@ -49,6 +49,15 @@ struct TileCopy {
   Knowledge fenced{};   // of the thread that started it
 };
 
+// An arrival at a barrier that comes when these copies of a thread have landed.
+struct CopyArrival {
+  CountingBarrier* barrier;
+  Block* block;
+  std::vector<PendingCopy> copies;
+  uintptr_t pc;
+  Knowledge knows{};  // of the thread when it asked for it
+};
+
 enum class State : uint8_t { ready, waiting, done };
 
 struct Fiber {
@@ -70,6 +79,7 @@ struct Fiber {
   std::deque<std::vector<PendingCopy>> copy_groups;  // committed, oldest first
   Knowledge knows;                                   // for the race checker
   Knowledge fenced;                                  // what it knew at its last fence_copies
+  Knowledge fenced_products;                         // at its last fence_products
 
   int lane() const { return thread % kWarp; }
   int warp() const { return thread / kWarp; }
@@ -106,6 +116,7 @@ struct Product {
   const float* key;
   uintptr_t pc;
   bool done;
+  Knowledge fenced[4] = {};  // of a thread of each warp, when the product was started
 };
 struct Accumulator {
   int n;
@@ -187,6 +198,7 @@ struct Machine {
   Fiber* running = nullptr;
   std::map<const uint32_t*, Meeting> counters;  // signalled in this launch
   std::vector<TileCopy> tiles;                  // under way
+  std::vector<CopyArrival> arrivals;            // to come
   uint64_t random = 1;
   std::string error;  // the first report; the kernel is abandoned
   uint64_t ldmatrix_conflicts = 0, products = 0;
@@ -222,6 +234,7 @@ void meet_in_collective(const char* name, CollectiveBody body, const void* in, v
 
 // memory.cpp
 void land_everything_at_random();
+void land(const Block& block, PendingCopy& copy);
 
 // tiles.cpp
 uint32_t permuted(uint32_t shared);

@@ -84,6 +84,28 @@ void land_one(size_t i) {
   land(copy);
 }
 
+void arrive(Block& block, CountingBarrier& barrier, uint32_t bytes, Knowledge& knows, uintptr_t pc) {
+  if (barrier.arrived == barrier.arrivals)
+    fail("Barrier::arrive: the phase has all of its %u arrivals (%s)", barrier.arrivals, source_line(pc).c_str());
+  ++barrier.arrived;
+  barrier.bytes += bytes;
+  if (barrier.bytes > kMostBytes)
+    fail("Barrier::arrive_expecting: a phase of %lld bytes (%s)", static_cast<long long>(barrier.bytes),
+         source_line(pc).c_str());
+  if (race_checking) barrier.meeting.bring(knows);
+  end_phase_if_complete(block, barrier);
+}
+
+void make_arrival(size_t i) {
+  CopyArrival arrival = std::move(machine.arrivals[i]);
+  machine.arrivals.erase(machine.arrivals.begin() + static_cast<std::ptrdiff_t>(i));
+  for (PendingCopy& copy : arrival.copies) {
+    land(*arrival.block, copy);
+    note_landing(*arrival.block, copy.shared, arrival.knows);
+  }
+  arrive(*arrival.block, *arrival.barrier, 0, arrival.knows, arrival.pc);
+}
+
 }  // namespace
 
 // The address at which the permutation puts what would stand at `shared`.
@@ -112,16 +134,22 @@ void barriers_publish() {
 
 void barrier_arrive(void* at, uint32_t bytes) {
   Fiber* me = machine.running;
-  CountingBarrier& barrier = find(at, "Barrier::arrive", PC);
-  if (barrier.arrived == barrier.arrivals)
-    fail("Barrier::arrive: the phase has all of its %u arrivals (%s)", barrier.arrivals, source_line(PC).c_str());
-  ++barrier.arrived;
-  barrier.bytes += bytes;
-  if (barrier.bytes > kMostBytes)
-    fail("Barrier::arrive_expecting: a phase of %lld bytes (%s)", static_cast<long long>(barrier.bytes),
+  arrive(*me->block, find(at, "Barrier::arrive", PC), bytes, me->knows, PC);
+  offer_preemption();
+}
+
+void barrier_arrive_when_copied(void* at) {
+  Fiber* me = machine.running;
+  CopyArrival arrival{
+      .barrier = &find(at, "Barrier::arrive_when_copied", PC), .block = me->block, .copies = {}, .pc = PC};
+  arrival.copies.swap(me->open_copies);
+  if (!me->copy_groups.empty())
+    fail("Barrier::arrive_when_copied: the emulator plays no thread that has committed groups as well (%s)",
          source_line(PC).c_str());
-  if (race_checking) barrier.meeting.bring(me->knows);
-  end_phase_if_complete(*me->block, barrier);
+  arrival.knows = me->knows;
+  ++me->knows.own;
+  machine.arrivals.push_back(std::move(arrival));
+  if (machine.policy.async == Async::early) make_arrival(machine.arrivals.size() - 1);
   offer_preemption();
 }
 
@@ -176,12 +204,19 @@ void copies_fence() {
 
 // Lets one copy arrive, any of them; false where none is under way.
 bool land_a_tile() {
-  if (machine.tiles.empty()) return false;
-  land_one(random_number() % machine.tiles.size());
+  const size_t tiles = machine.tiles.size(), all = tiles + machine.arrivals.size();
+  if (all == 0) return false;
+  const size_t chosen = random_number() % all;
+  if (chosen < tiles)
+    land_one(chosen);
+  else
+    make_arrival(chosen - tiles);
   return true;
 }
 
 void land_tiles_at_random() {
+  for (size_t i = machine.arrivals.size(); i-- > 0;)
+    if (random_number() % 4 == 0) make_arrival(i);
   for (size_t i = machine.tiles.size(); i-- > 0;)
     if (random_number() % 4 == 0) land_one(i);
 }
@@ -189,6 +224,8 @@ void land_tiles_at_random() {
 void check_copies_at_end(Block& block) {
   for (const TileCopy& copy : machine.tiles)
     if (copy.block == &block) fail("the block ends with a copy_tile under way");
+  for (const CopyArrival& arrival : machine.arrivals)
+    if (arrival.block == &block) fail("the block ends with a cp_async under way, whose Barrier nobody has waited for");
   for (const auto& [at, barrier] : block.barriers)
     if (barrier.bytes != 0)
       fail("the block ends while a Barrier expects %lld more bytes", static_cast<long long>(barrier.bytes));

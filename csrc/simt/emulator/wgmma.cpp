@@ -58,8 +58,9 @@ uint32_t product_reader(const Fiber& lane) {
 }
 
 // Two of the four warps read, any two: a byte of shared memory knows no more readers.
-void note_operand(const Warpgroup& group, uint32_t start, int rows, uintptr_t pc) {
+void note_operand(const Warpgroup& group, const Product& product, uint32_t start, int rows) {
   if (!race_checking) return;
+  const uintptr_t pc = product.pc;
   const std::byte* shared = machine.running->block->arena.bytes;
   const uint32_t first = random_number() % 4, second = (first + 1 + random_number() % 3) % 4;
   for (int r = 0; r < rows; ++r)
@@ -69,10 +70,10 @@ void note_operand(const Warpgroup& group, uint32_t start, int rows, uintptr_t pc
         const Fiber& lane = *group.threads[w * kWarp];
         const Knowledge reader{lane.knows.base, group.products + 1, product_reader(lane), lane.block_index};
         note_access_of(reader, at, 16, Access::read, pc);
+        if (is_stored_since(at, product.fenced[w]))
+          fail("PROXY: the wgmma at %s reads what a thread has stored to shared memory, with no fence_products between",
+               source_line(pc).c_str());
       }
-      if (last_writer(at) < machine.blocks.front()->first_copier)
-        fail("PROXY: the wgmma at %s reads what a thread has stored to shared memory; it sees copies alone",
-             source_line(pc).c_str());
     }
 }
 
@@ -80,8 +81,8 @@ void execute(Warpgroup& group, Product& product) {
   if (product.done) return;
   product.done = true;
   ++machine.products;
-  note_operand(group, product.a, kRows, product.pc);
-  note_operand(group, product.b, product.n, product.pc);
+  note_operand(group, product, product.a, kRows);
+  note_operand(group, product, product.b, product.n);
   std::vector<float> a, b;
   if (product.is_bfloat16) {
     read_operand<bfloat16>(product.a, kRows, a);
@@ -165,6 +166,9 @@ void multiply_tiles(float* d, uint32_t a, uint32_t b, int n, bool is_bfloat16) {
       }
   }
   group.open.push_back({.a = a, .b = b, .n = n, .is_bfloat16 = is_bfloat16, .key = key, .pc = PC, .done = false});
+  if (race_checking)
+    for (int w = 0; w < 4; ++w)
+      group.open.back().fenced[w] = group.threads[w * kWarp + random_number() % kWarp]->fenced_products;
   const Async async = machine.policy.async;
   if (async == Async::early || (async == Async::random && random_number() % 2 == 0)) {
     for (auto& earlier : group.groups)  // products of a warpgroup are made in order
@@ -172,6 +176,12 @@ void multiply_tiles(float* d, uint32_t a, uint32_t b, int n, bool is_bfloat16) {
     for (Product& p : group.open) execute(group, p);
   }
   wake(group);
+}
+
+void products_fence() {
+  Fiber* me = machine.running;
+  me->fenced_products = me->knows;
+  ++me->knows.own;
 }
 
 void products_commit() {
