@@ -14,7 +14,7 @@ from twotower_ext.registry import OPS
 
 from .ceilings import name_of
 from .dimensions import Dimensions
-from .inputs import INPUTS, Draw, Numbers, distinct_tensors
+from .inputs import GPU_CASES, INPUTS, Draw, Numbers, distinct_tensors
 
 WORKING_BYTES = 2**30
 """Room for results and for what references and peers allocate, beyond a float32 copy of the head's matrix."""
@@ -41,12 +41,17 @@ class Case:
 
 
 def cases(
-    dimensions: Dimensions, shape_name: str, dtypes: Sequence[torch.dtype], ops: Sequence[str] | None = None
+    dimensions: Dimensions,
+    shape_name: str,
+    dtypes: Sequence[torch.dtype],
+    ops: Sequence[str] | None = None,
+    backend: str = "cpu",
 ) -> list[Case]:
     """The cases of the given ops (None: all of the registry), each in every dtype.
 
     shape_name ("real", "mid", "custom") goes into the keys; "real" has long cases of 2,048 rows where the others have
-    256. Raises ValueError for a name that is not an op, or an op without cases.
+    256; prompts of thousands of tokens are for the backend "cuda" alone. Raises ValueError for a name that is not an
+    op, or an op without cases.
     """
     found = []
     for op in OPS if ops is None else ops:
@@ -56,6 +61,8 @@ def cases(
             raise ValueError(f"op {op} has no benchmark case")
         for dtype in dtypes:
             for name, draw in INPUTS[op](dimensions, shape_name).items():
+                if name in GPU_CASES and backend != "cuda":
+                    continue
                 key = f"{op}/{shape_name}/{name_of(dtype)}/{name}"
                 found.append(Case(key, op, dtype, _maker(op, dtype, draw)))
     return found

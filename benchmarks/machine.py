@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 import twotower_ext
+from twotower_ext import _evidence
+from twotower_ext.registry import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -47,6 +49,7 @@ def facts(backend: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "library": library_digest(),
         "commit": commit(),
+        "sources": {op: _evidence.sources(op, ROOT) for op, row in OPS.items() if row.cuda},
         "build": build,
         "environment": {k: v for k, v in sorted(os.environ.items()) if re.match("TWOTOWER_|OMP_|MKL_|KMP_|GOMP_", k)},
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -116,7 +116,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     dtypes = [getattr(torch, name) for name in dict.fromkeys(options.dtype or ["bfloat16"])]
     shapes = {name: _dimensions(options, name) for name in dict.fromkeys(options.shape)}
     ops = list(dict.fromkeys(options.op)) if options.op else None
-    found: list[Case] = [case for name, d in shapes.items() for case in cases(d, name, dtypes, ops)]
+    found: list[Case] = [c for name, d in shapes.items() for c in cases(d, name, dtypes, ops, options.backend)]
     return Plan(
         backend=options.backend,
         shapes=shapes,

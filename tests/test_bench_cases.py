@@ -65,6 +65,9 @@ def test_every_op_has_cases_under_stable_keys(dimensions, shape):
     needed = {"moe_experts": routed, "mamba_block": {"rows16", "rows1-update"}}
     for op, names in needed.items():
         assert {case.key.split("/")[3] for case in found if case.op == op} == names
+    on_gpus = {case.key for case in cases(dimensions, shape, DTYPES, backend="cuda")} - set(keys)
+    assert {key.split("/")[3] for key in on_gpus} == {"T2048", "T8192"}
+    assert all(key.startswith("moe_experts/") for key in on_gpus)
 
 
 def test_an_op_that_is_unknown_or_has_no_inputs_is_an_error(monkeypatch):

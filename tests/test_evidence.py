@@ -34,9 +34,9 @@ def emulation(folder: Path, **kernel: Any) -> None:
     put(folder, "emulation.json", {"commit": "c", "policies": [], "kernels": {OP: kernel}})
 
 
-def gpu(folder: Path, device: str, passed: int = 2, failed: int = 0, name: str = "gpu.json") -> None:
+def gpu(folder: Path, device: str, passed: int = 2, failed: int = 0, name: str = "gpu.json", **machine: Any) -> None:
     ops = {OP: {"passed": ["t"] * passed, "failed": ["t"] * failed}}
-    put(folder, name, {"machine": {"gpu": device}, "tests": {"ops": ops}})
+    put(folder, name, {"machine": {"gpu": device, **machine}, "tests": {"ops": ops}})
 
 
 def timed(folder: Path, device: str, op: str = OP, name: str = "cuda.json") -> None:
@@ -99,6 +99,25 @@ def test_several_gpus(folder):
     assert _evidence.evidence(OP, folder) == "H200-timed, L4-correct"
     gpu(folder, "NVIDIA H200", failed=1, name="gpu-later.json")
     assert _evidence.evidence(OP, folder) == "L4-correct", "one failure on a GPU outweighs"
+
+
+def test_a_gpu_speaks_of_the_sources_that_it_ran(folder):
+    tree = folder.parent.parent
+    kernels = tree / "csrc" / "kernels"
+    kernels.mkdir(parents=True)
+    (kernels / "norm.cuh").write_text("one")
+    (kernels / "route.cuh").write_text("one")
+    emulation(folder, **FULL)
+    gpu(folder, "NVIDIA H200", sources={OP: _evidence.sources(OP, tree)})
+    assert _evidence.evidence(OP, folder) == "H200-correct"
+    (kernels / "route.cuh").write_text("two")
+    assert _evidence.evidence(OP, folder) == "H200-correct", "another op's"
+    (kernels / "norm.cuh").write_text("two")
+    assert _evidence.evidence(OP, folder) == "H200-correct before changes, sanitised and mutated"
+    gpu(folder, "NVIDIA H200", failed=1, sources={OP: "0"})
+    assert _evidence.evidence(OP, folder) == "sanitised and mutated", "what failed was another version"
+    gpu(folder, "NVIDIA L4", name="gpu-l4.json", sources={OP: _evidence.sources(OP, tree)})
+    assert _evidence.evidence(OP, folder) == "L4-correct"
 
 
 def test_files_that_are_not_committed_do_not_count(folder):

@@ -7,14 +7,20 @@ emulated                its tests pass on the emulator (docs/emulation.md)
 sanitised and mutated   also under AddressSanitizer and the race checker; bugs planted in it are found
 GPU-correct             its tests pass on a GPU, whose own name stands here
 GPU-timed               the suite has checked and timed it there
+
+A GPU's word is about the sources that it ran: where they have changed since, the level says so, and the emulator's
+follows.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from twotower_ext.registry import OPS
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 SANITISED = ("asan", "race")
@@ -23,7 +29,16 @@ CAUGHT = 0.95  # of the bugs planted in a kernel
 
 def evidence(op: str, results: Path = RESULTS) -> str:
     """The highest level of an op that has a CUDA kernel; of several GPUs, what was reached on each."""
-    return ", ".join(_on_gpus(op, results)) or _emulated(op, results)
+    now, before = _on_gpus(op, results, True), [f"{level} before changes" for level in _on_gpus(op, results, False)]
+    return ", ".join([*now, *before, *([] if now else [_emulated(op, results)])])
+
+
+def sources(op: str, tree: Path = RESULTS.parent.parent) -> str:
+    """A digest of an op's kernel sources: files that begin with its name's last word, or else with its stem."""
+    kernels, digest = tree / "csrc" / "kernels", hashlib.sha256()
+    for path in sorted(kernels.glob(f"{op.rpartition('_')[2]}*")) or sorted(kernels.glob(f"{OPS[op].stem}*")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _emulated(op: str, results: Path) -> str:
@@ -38,16 +53,21 @@ def _emulated(op: str, results: Path) -> str:
     return "emulated"
 
 
-def _on_gpus(op: str, results: Path) -> list[str]:
-    """Its level on every GPU where its tests pass, by the GPUs' names."""
+def _on_gpus(op: str, results: Path, current: bool) -> list[str]:
+    """Its level on every GPU where its tests pass, by the GPUs' names; of the sources as they are, or of others."""
     correct, failed, timed = set(), set(), set()
-    for data in _read(results, "gpu*.json"):
+    here = sources(op, results.parent.parent)
+
+    def counts(data: dict[str, Any]) -> bool:
+        return (data.get("machine", {}).get("sources", {}).get(op, here) == here) == current
+
+    for data in filter(counts, _read(results, "gpu*.json")):
         tests = data.get("tests", {}).get("ops", {}).get(op, {})
         if tests.get("failed"):
             failed.add(_device(data))
         elif tests.get("passed"):
             correct.add(_device(data))
-    for data in _read(results, "cuda*.json"):
+    for data in filter(counts, _read(results, "cuda*.json")):
         if any(entry.get("op") == op for entry in data.get("results", {}).values()):
             timed.add(_device(data))
     return [f"{name}-{'timed' if name in timed else 'correct'}" for name in sorted(correct - failed - {""})]
