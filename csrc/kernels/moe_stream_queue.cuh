@@ -77,13 +77,16 @@ struct StreamQueue : ExpertsProduct<Traits> {
     return {this->item(index - first, down_tiles(), down_tiles(), Traits::kRows, expert), 1};
   }
 
-  // One thread: until what the item reads is there. `all`: known to be there for every item.
-  __device__ void wait(const StreamItem& item, bool& all) const {
-    if (!item.down || all) return;
-    const int expert = item.at.expert;
-    all = simt::has_reached(ups_ready(), ups());
-    if (!all) simt::wait_for(pass.up_ready + expert, up_tiles(expert) * this->token_tiles(expert));
+  // One thread: whether the h that an item reads is there. `all`: known to be there for every item.
+  __device__ bool is_ready(const StreamItem& item, bool& all) const {
+    if (item.down && !all) all = simt::has_reached(ups_ready(), ups());
+    return !item.down || all || simt::has_reached(pass.up_ready + item.at.expert, ups_of(item.at.expert));
   }
+  // One thread: until it is.
+  __device__ void wait(const StreamItem& item) const {
+    simt::wait_for(pass.up_ready + item.at.expert, ups_of(item.at.expert));
+  }
+  __device__ int ups_of(int expert) const { return up_tiles(expert) * this->token_tiles(expert); }
   // One thread: until all of out is there.
   __device__ void wait_for_all() const { simt::wait_for(pass.down_ready, down_tiles() * tiles()); }
   __device__ uint32_t* ups_ready() const { return pass.taken + 1; }
