@@ -103,7 +103,7 @@ class CMakeBuild(build_ext):
             f"-DTWOTOWER_OUTPUT={output}", f"-DTORCH_ROOT={torch_root()}",
             f"-Dpybind11_DIR={pybind11_folder()}", f"-DPython_EXECUTABLE={sys.executable}",
             # The folder remembers settings: those of an earlier build's CMAKE_ARGS are taken back here.
-            "-DTWOTOWER_CUDA=AUTO", "-DCMAKE_BUILD_TYPE=Release",
+            "-DTWOTOWER_CUDA=AUTO", "-DTWOTOWER_CUTLASS=OFF", "-DCUTLASS_ROOT=", "-DCMAKE_BUILD_TYPE=Release",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
         environment = {**os.environ, "NINJA_STATUS": "[%f/%t, %es] "}

@@ -46,6 +46,9 @@ BuildInfo build_info() {
   info.cuda_version = TWOTOWER_CUDA_VERSION;
   info.architectures = split(TWOTOWER_CUDA_ARCHITECTURES, ',');
 #endif
+#if defined(TWOTOWER_CUTLASS_VERSION)
+  info.cutlass_version = TWOTOWER_CUTLASS_VERSION;
+#endif
   info.cpu_features = cpu_features();
   info.cpu_isas = cpu::instruction_sets();
   info.cpu_isa = cpu::kernels().isa;

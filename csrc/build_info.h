@@ -12,6 +12,7 @@ struct BuildInfo {
   std::string compiler;
   bool cuda = false;
   std::string cuda_version;                // empty without CUDA
+  std::string cutlass_version;             // empty without TWOTOWER_CUTLASS
   std::vector<std::string> architectures;  // machine code and PTX in the library, e.g. "sm_90a", "compute_80"
   std::vector<std::string> cpu_features;   // of the processor it runs on now
   std::vector<std::string> cpu_isas;       // instruction sets of the CPU kernels that it can run, best last

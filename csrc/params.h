@@ -241,6 +241,8 @@ void moe_route(const RouteParams&, void* stream);
 int64_t moe_route_workspace(const RouteParams&);
 void moe_experts(const ExpertsParams&, void* stream);
 int64_t moe_experts_workspace(const ExpertsParams&);
+void moe_experts_cutlass(const ExpertsParams&, void* stream);  // only in builds with TWOTOWER_CUTLASS
+int64_t moe_experts_cutlass_workspace(const ExpertsParams&);
 void denoise_commit(const CommitParams&, void* stream);
 int64_t denoise_commit_workspace(const CommitParams&);
 }  // namespace cuda

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "twotower_ext" / "libtwotower.so"
 DOCUMENT = ROOT / "docs" / "kernel-resources.md"
 BEGIN, END = "<!-- resources:begin -->", "<!-- resources:end -->"
+# Kernels of implementation="cutlass", which only builds with TWOTOWER_CUTLASS=ON have: no table is about them.
+OPTIONAL = re.compile(r"N7cutlass|7kernels7grouped|\bcutlass::|\bkernels::grouped::")
 DTYPES = {"__nv_bfloat16": "bf16", "__half": "f16", "float": "f32"}
 
 
@@ -68,7 +70,7 @@ def usages(library: Path = LIBRARY) -> dict[str, dict[str, Usage]]:
 
 def readable(mangled: dict[str, object] | list[str]) -> dict[str, str]:
     """mangled -> short name such as `rms_norm_kernel<bf16, 8, 256>`; ValueError where two are called the same."""
-    names = list(mangled)
+    names = [name for name in mangled if not OPTIONAL.search(name)]
     text = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout
     short = {m: shorten(demangled) for m, demangled in zip(names, text.splitlines(), strict=True)} if names else {}
     if len(set(short.values())) < len(short):

@@ -12,7 +12,10 @@ import time
 import zipfile
 from pathlib import Path
 
+import kernel_resources
 import pytest
+
+import twotower_ext
 
 ROOT = Path(__file__).parent.parent
 LONGEST_BUILD = 180  # seconds, on two cores
@@ -100,6 +103,31 @@ def test_cmake_refuses_a_folder_without_torch(setup_py, tmp_path):
     assert "TORCH_ROOT must be the folder of an installed torch" in done.stderr
 
 
+def test_default_builds_have_nothing_of_cutlass():
+    """Neither file is compiled unless asked for, and nothing is fetched."""
+    settings = (ROOT / "CMakeLists.txt").read_text()
+    assert re.search(r"set\(TWOTOWER_CUTLASS OFF CACHE BOOL", settings)
+    assert not (ROOT / "csrc" / "kernels" / "grouped_gemm.cu").exists(), "csrc/kernels/*.cu is compiled always"
+    fetching = ("FetchContent", "ExternalProject", "DOWNLOAD", "git clone")
+    assert not [word for word in fetching if word in settings + (ROOT / "cmake" / "cutlass.cmake").read_text()]
+
+
+def test_cmake_refuses_cutlass_without_cuda(setup_py, tmp_path):
+    done = configure(setup_py, tmp_path, "-DTWOTOWER_CUTLASS=ON", "-DTWOTOWER_CUDA=OFF")
+    assert done.returncode != 0
+    assert "TWOTOWER_CUTLASS=ON needs CUDA kernels" in " ".join(done.stderr.split())
+
+
+@pytest.mark.skipif(not twotower_ext.build_info()["cuda"], reason="built without CUDA: nvcc is not here")
+def test_cmake_refuses_cutlass_without_headers(setup_py, tmp_path):
+    done = configure(setup_py, tmp_path, "-DTWOTOWER_CUTLASS=ON", f"-DCUTLASS_ROOT={tmp_path}")
+    assert done.returncode != 0
+    message = " ".join(done.stderr.split())
+    assert "TWOTOWER_CUTLASS=ON, but the headers of CUTLASS were not found" in message
+    assert "pip install --no-deps nvidia-cutlass" in message
+    assert f"CUTLASS_ROOT='{tmp_path}'" in message
+
+
 @pytest.mark.build
 def test_the_torch_face_compiles_against_the_oldest_torch(tmp_path: Path):
     """Headers are the same on every system; the smallest wheel of torch 2.11 is that for macOS."""
@@ -119,6 +147,35 @@ def test_the_torch_face_compiles_against_the_oldest_torch(tmp_path: Path):
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:3000]
+
+
+@pytest.mark.build
+def test_cutlass_compiles_to_hopper_products(setup_py, tmp_path):
+    """Every tile is multiplied by wgmma and copied by TMA, without spills. The headers come from the package index."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
+    subprocess.run([*pip, "nvidia-cutlass==4.2.0.0"], check=True)
+    options = [f"-DCUTLASS_ROOT={tmp_path / 'site' / 'cutlass_library'}", "-DTWOTOWER_FACES=OFF"]
+    done = configure(setup_py, tmp_path, "-DTWOTOWER_CUTLASS=ON", *options)
+    assert done.returncode == 0, done.stderr
+    assert "CUTLASS 4.2.0" in done.stdout
+    build = [setup_py.tool("cmake", "CMAKE_BIN_DIR"), "--build", tmp_path / "build", "--target", "twotower_cutlass"]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    (compiled,) = (tmp_path / "build").rglob("grouped_gemm.cu.o")
+    text = "".join(kernel_resources.cuobjdump("-sass", "-arch", "sm_90a", compiled))
+    kernels = text.split("Function : ")[1:]
+    assert len(kernels) == 6
+    for width, kernel in zip(sorted([16, 64, 256] * 2), sorted(kernels, key=_product_width), strict=True):
+        assert f"HGMMA.64x{width}x16.F32.BF16" in kernel
+        assert "UTMALDG" in kernel
+        assert "UTMASTG" in kernel
+        assert not re.search(r"\b(LDL|STL)\b", kernel)
+
+
+def _product_width(kernel: str) -> int:
+    found = re.search(r"HGMMA\.64x(\d+)x16", kernel)
+    assert found
+    return int(found.group(1))
 
 
 USE = (

@@ -68,6 +68,7 @@ def test_build_info():
     else:
         assert facts["cuda_version"] is None
         assert facts["architectures"] == []
+    assert facts["cutlass_version"] is None or re.fullmatch(r"\d+\.\d+\.\d+", facts["cutlass_version"])
     assert bool(facts["kernels"]) == (facts["cuda"] and torch.cuda.is_available())
 
 

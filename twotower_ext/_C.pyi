@@ -10,6 +10,7 @@ class BuildInfo(TypedDict):
     compiler: str
     cuda: bool
     cuda_version: str | None
+    cutlass_version: str | None
     architectures: list[str]
     cpu_features: list[str]
     cpu_isas: list[str]

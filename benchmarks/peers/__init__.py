@@ -12,7 +12,7 @@ from .attention import Flex, ForcedSDPA, JoinedSDPA, PreallocatedSDPA
 from .base import Peer, disagreement
 from .eager import Compiled, Eager, Reference
 from .gpu import MambaTriton, TritonMoE
-from .moe import ExpertLoop, GroupedMM, MmaKernel
+from .moe import CutlassMoE, ExpertLoop, GroupedMM, MmaKernel
 from .scan import ChunkedScan, SequentialScan
 
 ALL: list[Peer] = [
@@ -24,6 +24,7 @@ ALL: list[Peer] = [
     ExpertLoop(),
     GroupedMM(),
     MmaKernel(),
+    CutlassMoE(),
     JoinedSDPA(),
     PreallocatedSDPA(),
     ForcedSDPA("flash", SDPBackend.FLASH_ATTENTION),

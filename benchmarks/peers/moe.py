@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower_ext import ops
+from twotower_ext import build_info, ops
 from twotower_ext._samples import Sample
 
 from ..cases import Case
@@ -121,6 +122,30 @@ class MmaKernel(Peer):
 
     def prepare(self, case: Case, sample: Sample) -> Callable[[], Any]:
         return without_hopper(call(ops.moe_experts, sample))
+
+
+class CutlassMoE(Peer):
+    """The op with its products by CUTLASS 3's grouped GEMM for Hopper, between our own sort, gather and sum."""
+
+    name = "CUTLASS grouped GEMM"
+    ops = ("moe_experts",)
+
+    def version(self) -> str:
+        return f"CUTLASS {build_info()['cutlass_version']}"
+
+    def missing(self, device: str) -> str | None:
+        if not device.startswith("cuda"):
+            return "needs an NVIDIA GPU"
+        if build_info()["cutlass_version"] is None:
+            return "built without TWOTOWER_CUTLASS=ON"
+        major, minor = torch.cuda.get_device_capability(device)
+        return None if (major, minor) == (9, 0) else f"is for sm_90, this GPU is sm_{major}{minor}"
+
+    def supports(self, case: Case) -> bool:
+        return super().supports(case) and case.dtype == torch.bfloat16
+
+    def prepare(self, case: Case, sample: Sample) -> Callable[[], Any]:
+        return call(partial(ops.moe_experts, implementation="cutlass"), sample)
 
 
 class GroupedMM(Peer):

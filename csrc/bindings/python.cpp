@@ -17,6 +17,8 @@ py::dict build_info() {
   facts["compiler"] = info.compiler;
   facts["cuda"] = info.cuda;
   facts["cuda_version"] = info.cuda ? py::object(py::str(info.cuda_version)) : py::object(py::none());
+  const bool cutlass = !info.cutlass_version.empty();
+  facts["cutlass_version"] = cutlass ? py::object(py::str(info.cutlass_version)) : py::object(py::none());
   facts["architectures"] = info.architectures;
   facts["cpu_features"] = info.cpu_features;
   facts["cpu_isas"] = info.cpu_isas;

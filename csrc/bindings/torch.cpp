@@ -79,14 +79,15 @@ Pair moe_route(const Tensor& x, const Tensor& gate_weight, const Tensor& correct
   return {f.result(0), f.result(1)};
 }
 
+template <auto kOp>
 Tensor moe_experts(const Tensor& x, const Tensor& expert_ids, const Tensor& expert_weights, const Tensor& up,
                    const Tensor& down, const OptionalTensor& shared_up, const OptionalTensor& shared_down,
                    StringHandle activation) {
   TorchFace f("moe_experts", x);
   // Expert weights are described, never copied: a strided view of gigabytes is refused by name instead.
-  ops::moe_experts(f, f.view("x", x), f.view("expert_ids", expert_ids), f.view("expert_weights", expert_weights),
-                   f.describe("up", up), f.describe("down", down), f.describe("shared_up", shared_up),
-                   f.describe("shared_down", shared_down), text(activation));
+  kOp(f, f.view("x", x), f.view("expert_ids", expert_ids), f.view("expert_weights", expert_weights),
+      f.describe("up", up), f.describe("down", down), f.describe("shared_up", shared_up),
+      f.describe("shared_down", shared_down), text(activation));
   return f.result(0);
 }
 
@@ -158,7 +159,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("ssd_scan", TORCH_BOX(&ssd_scan));
   m.impl("mamba_block", TORCH_BOX(&mamba_block));
   m.impl("moe_route", TORCH_BOX(&moe_route));
-  m.impl("moe_experts", TORCH_BOX(&moe_experts));
+  m.impl("moe_experts", TORCH_BOX(&moe_experts<ops::moe_experts>));
+  m.impl("moe_experts_cutlass", TORCH_BOX(&moe_experts<ops::moe_experts_cutlass>));
   m.impl("block_attention", TORCH_BOX(&block_attention));
   m.impl("two_stream_attention", TORCH_BOX(&two_stream_attention));
   m.impl("denoise_commit", TORCH_BOX(&denoise_commit));
@@ -196,6 +198,9 @@ TWOTOWER_REGISTER(TWOTOWER_LIBRARY, m) {
   m.def(
       "moe_experts(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor up, Tensor down, Tensor? shared_up, "
       "Tensor? shared_down, str activation) -> Tensor");
+  m.def(
+      "moe_experts_cutlass(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor up, Tensor down, "
+      "Tensor? shared_up, Tensor? shared_down, str activation) -> Tensor");
   m.def(
       "block_attention(Tensor q, Tensor k, Tensor v, Tensor? context_k, Tensor? context_v, "
       "Tensor? context_lengths, bool causal, float scale) -> Tensor");

@@ -67,8 +67,8 @@ inline std::pair<ExpertsPass, int64_t> lay_out_pass(const ExpertsParams& p, int6
   return {pass, used};
 }
 
-// A pass reads every visited expert's weights once; its size bounds the workspace (1.2 GB for 6 slots, D 2688, F 1856,
-// half of what one layer's weights take there).
+// A pass reads every visited expert's weights once; its size bounds the workspace (0.9 GB for 6 slots, D 2688, F 1856,
+// a third of what one layer's weights take there).
 constexpr int64_t kPassTokens = 8192, kPassPairs = 8 * kPassTokens;
 
 // Passes of the same size, so that all take the same kernel.

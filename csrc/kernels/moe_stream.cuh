@@ -27,6 +27,7 @@ __device__ inline int warpgroup() {
 // One step's stage has been read by this warp.
 template <class Traits>
 __device__ void give_back(StreamSmem<Traits>& smem, int stage) {
+  simt::warp_sync();  // no lane waits for the stage any more: it could miss the phase
   if (simt::lane() == 0) smem.empty[stage].arrive();
 }
 
@@ -109,8 +110,9 @@ __device__ void store_hidden(typename Traits::T* to, int stride, const float (&h
 }
 
 // Two lanes whose rows are neighbours have two tokens each; they exchange values, so that each has both rows' of one.
-template <class Traits, int N>
-__device__ void store_up(const StreamQueue<Traits>& queue, const ExpertsItem& item, int row, const float (&d)[N]) {
+template <class Traits, int kValues>
+__device__ void store_up(const StreamQueue<Traits>& queue, const ExpertsItem& item, int row,
+                         const float (&d)[kValues]) {
   using T = typename Traits::T;
   const int width = queue.width(item.expert), stride = queue.hidden_stride(item.expert);
   const int odd = simt::lane() / 4 % 2, groups = queue.gated() ? 1 : 2;
@@ -118,7 +120,7 @@ __device__ void store_up(const StreamQueue<Traits>& queue, const ExpertsItem& it
   const int64_t step = int64_t{8 * Traits::kNumbers} * stride;
   T* to = reinterpret_cast<T*>(queue.hidden_row(item.expert, item.row + product_column(0) + odd)) + output;
   SIMT_UNROLL
-  for (int j = 0; j < N / 4; ++j, to += step) {
+  for (int j = 0; j < kValues / 4; ++j, to += step) {
     const bool stored = product_column(j) + odd < item.count;
     SIMT_UNROLL
     for (int group = 0; group < 2; ++group) {
@@ -137,23 +139,24 @@ __device__ void store_up(const StreamQueue<Traits>& queue, const ExpertsItem& it
 }
 
 // In place: the product with h from those with its numbers, in even elements.
-template <class Traits, int N>
-__device__ void join_numbers(float (&d)[N]) {
+template <class Traits, int kValues>
+__device__ void join_numbers(float (&d)[kValues]) {
   if constexpr (Traits::kTwoNumbers) {
     SIMT_UNROLL
-    for (int i = 0; i < N; i += 2) d[i] = kFirst * d[i] + kSecond * d[i + 1];  // powers of two: one rounding
+    for (int i = 0; i < kValues; i += 2) d[i] = kFirst * d[i] + kSecond * d[i + 1];  // powers of two: one rounding
   }
 }
 
-template <class Traits, int N>
-__device__ void store_down(const StreamQueue<Traits>& queue, const ExpertsItem& item, int row, const float (&d)[N]) {
+template <class Traits, int kValues>
+__device__ void store_down(const StreamQueue<Traits>& queue, const ExpertsItem& item, int row,
+                           const float (&d)[kValues]) {
   const int D = static_cast<int>(queue.p.D), output = item.output + row + simt::lane() / 4;
   const int64_t stride = padded(D);
   int token = product_column(0) / Traits::kNumbers;
   float* to = queue.pass.out + (item.row + token) * stride + output;
   const bool present[2] = {output < D, output + 8 < D};
   SIMT_UNROLL
-  for (int j = 0; j < N / 4; ++j, token += 8 / Traits::kNumbers, to += 8 / Traits::kNumbers * stride) {
+  for (int j = 0; j < kValues / 4; ++j, token += 8 / Traits::kNumbers, to += 8 / Traits::kNumbers * stride) {
     SIMT_UNROLL
     for (int t = 0; t < 2 / Traits::kNumbers; ++t) {
       if (token + t >= item.count) continue;

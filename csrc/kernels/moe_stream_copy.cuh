@@ -3,6 +3,8 @@
 // stage.
 #pragma once
 
+#include <cstddef>
+
 #include "moe_stream_queue.cuh"
 
 namespace twotower::kernels {
@@ -14,7 +16,6 @@ struct StreamSmem {
   StreamItem items[Traits::kStages];  // which item starts in the stage
   simt::Barrier stored[Traits::kFinished], signalled[Traits::kFinished];
   StreamItem finished[Traits::kFinished];
-  int operand[Traits::kNumbers * Traits::kTokens];  // of each row of tokens that is copied: its number, -1 for none
   // Copies of the pass's: finding an item among them takes a fraction of a microsecond, of which an item has some ten.
   int32_t start[kMaxStreamedExperts + 1], tiles[kMaxStreamedExperts + 1];
 };
@@ -31,43 +32,56 @@ struct Ring {
   }
 };
 
-// Where the rows of an item's tokens are, or of their h: row `operand` at from + operand * stride.
+// The rows of an item's tokens, or of their h: a lane has a chunk of 16 bytes of every fourth row, and keeps in
+// registers where these rows are, since finding them in every step would take longer than the step.
 template <class Traits>
 struct TokenRows {
-  const typename Traits::T* from;
-  int64_t stride;
-  int count;  // of the product's columns
+  using T = typename Traits::T;
+  using Tile = simt::SharedTile<T, Traits::kNumbers * Traits::kTokens, Traits::kColumns>;
+  static constexpr int kAtOnce = simt::kWarp / Tile::kChunks, kMost = Tile::kRows / kAtOnce;
 
-  // Collective of the warp.
-  __device__ TokenRows(const StreamParams& s, const StreamQueue<Traits>& queue, const StreamItem& item,
-                       StreamSmem<Traits>& smem) {
+  const std::byte* from;   // this lane's chunk of the next columns
+  int count, mine;         // of the product's columns, of this lane's rows that are tokens of the item
+  uint32_t chunks[kMost];  // row i of this lane starts so many chunks behind `from`
+
+  __device__ TokenRows(const StreamParams& s, const StreamQueue<Traits>& queue, const StreamItem& item) {
     const ExpertsItem& at = item.at;
     const int numbers = item.down ? Traits::kNumbers : 1, present = at.count * numbers;
     const bool in_order = item.down || queue.is_shared(at.expert);
+    const int64_t stride = (item.down ? queue.hidden_stride(at.expert) : s.x.stride[0]) / Tile::kChunk;
     count = product_width(at.count) * numbers;
-    stride = item.down ? queue.hidden_stride(at.expert) : s.x.stride[0];
-    from = static_cast<const typename Traits::T*>(s.x.data);
+    from = static_cast<const std::byte*>(s.x.data);
     if (item.down)
-      from = reinterpret_cast<const typename Traits::T*>(queue.hidden_row(at.expert, at.row));
+      from = reinterpret_cast<const std::byte*>(queue.hidden_row(at.expert, at.row));
     else if (in_order)
-      from += (at.row - queue.pass.pairs) * stride;
-    for (int row = simt::lane(); row < count; row += simt::kWarp)
-      smem.operand[row] = row >= present ? -1 : in_order ? row : queue.pass.token_of[at.row + row];
-    simt::warp_sync();
+      from += (at.row - queue.pass.pairs) * stride * 16;
+    from += simt::lane() % Tile::kChunks * 16;
+    const int first = simt::lane() / Tile::kChunks;
+    mine = (present - first + kAtOnce - 1) / kAtOnce;
+    SIMT_UNROLL
+    for (int i = 0; i < kMost; ++i) {
+      const int row = i * kAtOnce + first;
+      chunks[i] = i < mine ? static_cast<uint32_t>((in_order ? row : queue.pass.token_of[at.row + row]) * stride) : 0;
+    }
   }
-  // Starts the copies of kColumns columns, of which `left` exist; all else arrives as zeros.
-  __device__ void copy(simt::SharedTile<typename Traits::T, Traits::kNumbers * Traits::kTokens, Traits::kColumns>& tile,
-                       const StreamSmem<Traits>& smem, int column, int left) const {
-    using Tile = std::remove_reference_t<decltype(tile)>;
-    constexpr int kRowsAtOnce = simt::kWarp / Tile::kChunks;
-    const int chunk = simt::lane() % Tile::kChunks, within = chunk * Tile::kChunk;
-    const uint32_t to = simt::shared_address(&tile);
-    SIMT_UNROLL_BY(4)
-    for (int row = simt::lane() / Tile::kChunks; row < count; row += kRowsAtOnce) {
-      const int operand = smem.operand[row];
-      const bool copied = operand >= 0 && within < left;
-      const typename Traits::T* source = copied ? from + operand * stride + column + within : from;
-      simt::cp_async(to + Tile::place(row, chunk) * int{sizeof(typename Traits::T)}, source, copied ? 16 : 0);
+  // Starts the copies of the next kColumns columns, of which `left` exist; all else arrives as zeros.
+  __device__ void copy(Tile& tile, int left) {
+    if (left >= Traits::kColumns)
+      copy_chunks(tile, [] { return 16; });
+    else
+      copy_chunks(tile, [&] { return simt::lane() % Tile::kChunks * Tile::kChunk < left ? 16 : 0; });
+    from += Traits::kColumns * sizeof(T);
+  }
+  template <class Bytes>  // of this lane's chunks: a function, so that the compiler knows where it is always 16
+  __device__ void copy_chunks(Tile& tile, Bytes&& bytes) const {
+    const int chunk = simt::lane() % Tile::kChunks, row = simt::lane() / Tile::kChunks;
+    const uint32_t to[2] = {simt::shared_address(tile.chunk(row, chunk)),
+                            simt::shared_address(tile.chunk(row + kAtOnce, chunk))};
+    SIMT_UNROLL
+    for (int i = 0; i < kMost; ++i) {
+      // Where products of one width end and those of the next have more.
+      if ((i * kAtOnce == 8 || i * kAtOnce == 16 || i * kAtOnce % 32 == 0) && i * kAtOnce >= count) break;
+      simt::cp_async(to[i % 2] + i / 2 * 2 * kAtOnce * 128, from + uint64_t{chunks[i]} * 16, i < mine ? bytes() : 0);
     }
   }
 };
@@ -101,6 +115,7 @@ __device__ void copy_item(const StreamParams& s, const StreamQueue<Traits>& queu
       if (column == 0) smem.items[ring.stage] = item;
       copy_weights(s, queue, item, column, smem.stages[ring.stage].weights, smem.full[ring.stage]);
     }
+    simt::warp_sync();  // all lanes go on together
     ring.advance();
   };
   int column = 0;
@@ -108,10 +123,10 @@ __device__ void copy_item(const StreamParams& s, const StreamQueue<Traits>& queu
     for (; column < columns && column < Traits::kStages * kStep; column += kStep) weights(column);
     if (simt::lane() == 0) queue.wait(item);
   }
-  simt::warp_sync();  // what the first lane has waited for is there for all; none reads the rows before any more
-  const TokenRows<Traits> rows(s, queue, item, smem);
+  simt::warp_sync();  // what the first lane has waited for is there for all
+  TokenRows<Traits> rows(s, queue, item);
   const auto tokens = [&](int from) {
-    rows.copy(smem.stages[behind.stage].tokens, smem, from, columns - from);
+    rows.copy(smem.stages[behind.stage].tokens, columns - from);
     smem.full[behind.stage].arrive_when_copied();
     behind.advance();
   };
@@ -139,6 +154,8 @@ __device__ void copy_items(const StreamParams& s, const StreamQueue<Traits>& que
         smem.full[ring.stage].arrive();
       }
       smem.full[ring.stage].arrive_when_copied();
+      simt::cp_async_commit();
+      simt::cp_async_wait<0>();  // no thread leaves with copies under way
       return;
     }
     const bool ready = simt::shuffle(simt::lane() == 0 && queue.is_ready(item, all_ready) ? 1 : 0, 0) != 0;

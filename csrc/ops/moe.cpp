@@ -3,6 +3,15 @@
 
 #include "check.h"
 
+// A function of builds with TWOTOWER_CUTLASS, or null.
+#if defined(TWOTOWER_CUTLASS_VERSION)
+#define TWOTOWER_CUTLASS(f) (&f)
+constexpr bool kWithCutlass = true;
+#else
+#define TWOTOWER_CUTLASS(f) nullptr
+constexpr bool kWithCutlass = false;
+#endif
+
 namespace twotower::ops {
 namespace {
 
@@ -16,6 +25,27 @@ void check_ids(const Check& check, const TensorView& ids, int64_t experts) {
       const std::string expected = "be in [0, " + std::to_string(experts) + ")";
       check.fail("expert_ids", expected.c_str(), row[s]);
     }
+  }
+}
+
+// What implementation='cutlass' takes, as far as it is narrower.
+void check_for_cutlass(const Check& check, View x, View up, View down, View shared_up, View shared_down) {
+  constexpr int64_t kMultiple = 8;  // of bfloat16: what a tile copy can step by, 16 bytes
+  check.require(x.dtype == DType::bf16, "x", "be bfloat16 with implementation='cutlass'", dtype_name(x.dtype));
+  check.require(x.shape[1] % kMultiple == 0, "x", "have a multiple of 8 columns with implementation='cutlass'",
+                x.shape[1]);
+  for (const auto& [arg, t] : {std::pair<const char*, View>{"down", down}, {"shared_down", shared_down}}) {
+    if (!t) continue;
+    const int64_t width = t.shape[t.ndim - 1];
+    check.require(width % kMultiple == 0, arg, "have a multiple of 8 columns with implementation='cutlass'", width);
+  }
+  for (const auto& [arg, t] : {std::pair<const char*, View>{"up", up},
+                               {"down", down},
+                               {"shared_up", shared_up},
+                               {"shared_down", shared_down}}) {
+    const auto beyond = reinterpret_cast<uintptr_t>(t.data) % 16;
+    check.require(beyond == 0, arg, "start at a multiple of 16 bytes with implementation='cutlass'", beyond,
+                  " bytes after one");
   }
 }
 
@@ -49,9 +79,17 @@ void moe_route(Face& face, View x, View gate_weight, View correction_bias, int64
          TWOTOWER_CUDA(cuda::moe_route_workspace));
 }
 
-void moe_experts(Face& face, View x, View expert_ids, View expert_weights, View up, View down, View shared_up,
-                 View shared_down, std::string_view activation) {
+namespace {
+
+void run_experts(bool cutlass, Face& face, View x, View expert_ids, View expert_weights, View up, View down,
+                 View shared_up, View shared_down, std::string_view activation) {
   Check check("moe_experts", "x", x);
+  if (cutlass) {
+    if (!kWithCutlass)
+      throw std::invalid_argument(std::string(check.op()) +
+                                  ": implementation='cutlass' needs a build with TWOTOWER_CUTLASS=ON, got one without");
+    check.require(!check.on_cpu(), "x", "be on a CUDA device with implementation='cutlass'", x.device.name());
+  }
   Dim T{"tokens"}, D{"hidden"}, k{"k"}, E{"experts"};
   check.floating(x, {&T, &D});
   const auto kind = choose<MoeActivation>(check, "activation", activation,
@@ -95,6 +133,8 @@ void moe_experts(Face& face, View x, View expert_ids, View expert_weights, View 
       check_ids<int64_t>(check, expert_ids, E);
   }
 
+  if (cutlass) check_for_cutlass(check, x, up, down, shared_up, shared_down);
+
   const TensorView y = face.output(0, x.dtype, x.device, {T, D});
   if (y.numel() == 0) return;
   const ExpertsParams p{.dtype = x.dtype,
@@ -114,8 +154,21 @@ void moe_experts(Face& face, View x, View expert_ids, View expert_weights, View 
                         .shared_up = rows<1>(shared_up),
                         .shared_down = rows<1>(shared_down),
                         .y = rows<1>(y)};
-  launch(check, face, p, cpu::kernels().moe_experts, TWOTOWER_CUDA(cuda::moe_experts),
-         TWOTOWER_CUDA(cuda::moe_experts_workspace));
+  launch(check, face, p, cpu::kernels().moe_experts,
+         cutlass ? TWOTOWER_CUTLASS(cuda::moe_experts_cutlass) : TWOTOWER_CUDA(cuda::moe_experts),
+         cutlass ? TWOTOWER_CUTLASS(cuda::moe_experts_cutlass_workspace) : TWOTOWER_CUDA(cuda::moe_experts_workspace));
+}
+
+}  // namespace
+
+void moe_experts(Face& face, View x, View expert_ids, View expert_weights, View up, View down, View shared_up,
+                 View shared_down, std::string_view activation) {
+  run_experts(false, face, x, expert_ids, expert_weights, up, down, shared_up, shared_down, activation);
+}
+
+void moe_experts_cutlass(Face& face, View x, View expert_ids, View expert_weights, View up, View down, View shared_up,
+                         View shared_down, std::string_view activation) {
+  run_experts(true, face, x, expert_ids, expert_weights, up, down, shared_up, shared_down, activation);
 }
 
 }  // namespace twotower::ops

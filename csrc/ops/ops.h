@@ -30,6 +30,9 @@ void moe_route(Face&, View x, View gate_weight, View correction_bias, int64_t to
 // 0 y
 void moe_experts(Face&, View x, View expert_ids, View expert_weights, View up, View down, View shared_up,
                  View shared_down, std::string_view activation);
+// The same with the products by CUTLASS.
+void moe_experts_cutlass(Face&, View x, View expert_ids, View expert_weights, View up, View down, View shared_up,
+                         View shared_down, std::string_view activation);
 // 0 out
 void block_attention(Face&, View q, View k, View v, View context_k, View context_v, View context_lengths, bool causal,
                      double scale);

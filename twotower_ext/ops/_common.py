@@ -53,12 +53,14 @@ def empty(like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype | None = None
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
-def register_fake(name: str, axes: dict[str, str], fake: Callable[..., Any]) -> None:
+def register_fake(name: str, axes: dict[str, str], fake: Callable[..., Any], public: str | None = None) -> None:
     """Registers the shapes-only kernel of `twotower::name`.
 
     axes: tensor argument -> its axes by name, where equal names are equal lengths ("_": any length). Ranks, lengths and
     devices are checked as the real kernels do, values and dtypes are left to them.
+    public: the function that calls it, which errors name, where that is called otherwise.
     """
+    op = public or name
     schema = getattr(torch.ops.twotower, name).default._schema
 
     def checked(*args: Any) -> Any:
@@ -69,14 +71,14 @@ def register_fake(name: str, axes: dict[str, str], fake: Callable[..., Any]) -> 
                 continue
             if value.device != anchor.device:
                 first = schema.arguments[0].name
-                raise ValueError(f"{name}: {argument} must be on {anchor.device} with {first}, got {value.device}")
+                raise ValueError(f"{op}: {argument} must be on {anchor.device} with {first}, got {value.device}")
             expected = axes[argument].split()
             if value.ndim != len(expected) or any(
                 axis != "_" and lengths.setdefault(axis, length) != length
                 for axis, length in zip(expected, value.shape, strict=True)
             ):
                 shape = ", ".join(str(lengths.get(axis, axis)) for axis in expected)
-                raise ValueError(f"{name}: {argument} must have shape ({shape}), got {tuple(value.shape)}")
+                raise ValueError(f"{op}: {argument} must have shape ({shape}), got {tuple(value.shape)}")
         return fake(*args)
 
     torch.library.register_fake(f"twotower::{name}", checked)

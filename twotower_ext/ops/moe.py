@@ -62,6 +62,7 @@ def moe_experts(
     shared_down: Tensor | None = None,
     *,
     activation: str = "relu2",
+    implementation: str | None = None,
 ) -> Tensor:
     """The weighted sum of each token's experts, plus a shared expert every token passes through.
 
@@ -76,13 +77,18 @@ def moe_experts(
         down: (E, D, F), x's dtype, contiguous.
         shared_up, shared_down: (F', D) or (2F', D) and (D, F'), x's dtype, contiguous; both or neither.
         activation: "relu2", act(u) = max(u, 0)², or "silu_gate", act([g, u]) = silu(g) · u.
+        implementation: None, this package's kernels, or "cutlass", grouped products by CUTLASS on sm_90, there to
+            compare with: in builds with TWOTOWER_CUTLASS=ON (docs/build.md) alone, for bfloat16 on CUDA, D and F
+            multiples of 8, matrices that start at multiples of 16 bytes; without a gradient.
 
     Returns:
         (T, D) in x's dtype.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, an expert id out of range (on
-        CPU), or an unknown activation.
+        CPU), an unknown activation or implementation, or one that this build lacks or that does not take the
+        arguments.
+        RuntimeError: a GPU without a kernel; a gradient by "cutlass".
 
     Source: squared ReLU: So et al., arXiv 2109.08668; gated experts: Shazeer, arXiv 2002.05202.
     """
@@ -90,28 +96,29 @@ def moe_experts(
         "moe_experts",
         tensors={"x": x, "expert_ids": expert_ids, "expert_weights": expert_weights, "up": up, "down": down},
         optional={"shared_up": shared_up, "shared_down": shared_down},
-        strings={"activation": activation},
+        strings={"activation": activation} | ({} if implementation is None else {"implementation": implementation}),
     )
-    return torch.ops.twotower.moe_experts(x, expert_ids, expert_weights, up, down, shared_up, shared_down, activation)
+    if implementation not in (None, "cutlass"):
+        raise ValueError(f"moe_experts: implementation must be None or 'cutlass', got {implementation!r}")
+    op = torch.ops.twotower.moe_experts if implementation is None else torch.ops.twotower.moe_experts_cutlass
+    return op(x, expert_ids, expert_weights, up, down, shared_up, shared_down, activation)
 
 
 def _moe_experts_reference(x, expert_ids, expert_weights, up, down, shared_up, shared_down, activation):
     return reference.moe_experts(x, expert_ids, expert_weights, up, down, shared_up, shared_down, activation=activation)
 
 
-register_fake(
-    "moe_experts",
-    {
-        "x": "tokens hidden",
-        "expert_ids": "tokens k",
-        "expert_weights": "tokens k",
-        "up": "experts _ hidden",
-        "down": "experts hidden _",
-        "shared_up": "_ hidden",
-        "shared_down": "hidden _",
-    },
-    lambda x, *rest: empty(x, x.shape),
-)
+_EXPERTS_AXES = {
+    "x": "tokens hidden",
+    "expert_ids": "tokens k",
+    "expert_weights": "tokens k",
+    "up": "experts _ hidden",
+    "down": "experts hidden _",
+    "shared_up": "_ hidden",
+    "shared_down": "hidden _",
+}
+register_fake("moe_experts", _EXPERTS_AXES, lambda x, *rest: empty(x, x.shape))
+register_fake("moe_experts_cutlass", _EXPERTS_AXES, lambda x, *rest: empty(x, x.shape), "moe_experts")
 
 
 @torch.library.custom_op("twotower::_moe_experts_backward", mutates_args=())
@@ -138,3 +145,10 @@ def _moe_experts_derivative(grad, x, expert_ids, *rest):
 
 
 register_gradient("moe_experts", _moe_experts_reference, _moe_experts_derivative)
+
+
+def _no_gradient(ctx, grad):
+    raise RuntimeError("moe_experts: has no gradient with implementation='cutlass', which is there to compare with")
+
+
+torch.library.register_autograd("twotower::moe_experts_cutlass", _no_gradient)
