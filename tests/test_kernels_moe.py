@@ -107,9 +107,8 @@ def test_moe_experts_in_the_largest_tile(width: int, shared_kib: int, backend: B
 def test_moe_experts_over_two_passes(backend: Backend):
     """More pairs than one pass holds (65,536): passes of 820 tokens."""
     arguments = experts(1640, 8, 44, 8, 40, 8, False, torch.bfloat16)
-    arguments[1] = torch.nn.functional.pad(arguments[1], (0, 2), value=-1)[
-        :, :40
-    ]  # strided
+    arguments[1] = torch.nn.functional.pad(arguments[1], (0, 2), value=-1)[:, :40]  # strided
+    arguments[2] /= 16  # so many rounded h's add up
     check(backend, arguments, torch.bfloat16)
 
 
