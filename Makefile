@@ -29,7 +29,7 @@ PROGRESS := ^ *(\[[0-9]+/[0-9]+|-- CUDA kernels|Successfully installed)
 	touch $@
 
 # One line a compile step; everything else goes to the log, whose end is shown when the build fails.
-.venv/built: .venv/tools setup.py pyproject.toml CMakeLists.txt cmake/cutlass.cmake $(CPP)
+.venv/built: .venv/tools setup.py pyproject.toml CMakeLists.txt csrc/kernels/cutlass/cutlass.cmake $(CPP)
 	@$(BIN)/pip install --no-build-isolation --verbose -e '.[test]' 2>&1 \
 	  | tee .venv/build.log | grep --line-buffered -E '$(PROGRESS)' || { tail -n 60 .venv/build.log; exit 1; }
 	touch $@
