@@ -250,7 +250,7 @@ def test_the_stub_and_the_module_say_the_same():
         signature = getattr(_C, name).__doc__.splitlines()[0]
         assert re.findall(r"(\w+): ", signature) == [*own, *EVERYWHERE], name
         torch_face = list(inspect.signature(OPS[name].op).parameters)
-        assert own == torch_face, name
+        assert own == [p for p in torch_face if p != "implementation"], name  # others' code is torch's alone
         assert re.search(r"Returns |else as ", getattr(_C, name).__doc__), name
 
 

@@ -42,10 +42,10 @@ CLAIMS_SINCE_90 = {r"moe_experts_kernel<bf16, .*>": "STSM.MT88.2"}
 CLAIMS_OF = {
     # Tiles copied by the tensor memory accelerator, products by warpgroups, barriers in shared memory.
     "sm_90a": {
-        r"moe_stream_kernel<bf16, .*>": "HGMMA.F32.BF16 UTMALDG.5D UTMALDG.2D SYNCS.ARRIVE.TRANS64 ATOMG.ADD",
-        r"moe_stream_kernel<f16, .*>": "HGMMA.F32 UTMALDG.5D UTMALDG.2D SYNCS.ARRIVE.TRANS64 ATOMG.ADD",
-        r"moe_stream_kernel<\w+, \d+, .*>": "FENCE.VIEW.ASYNC.G WARPGROUP.ARRIVE WARPGROUP.DEPBAR",
-        r"gather_rows_kernel<\w+>": "LDG.128 STG.128",
+        r"moe_stream_kernel<bf16, .*>": "HGMMA.F32.BF16 UTMALDG.5D LDGSTS.BYPASS.128 SYNCS.ARRIVE.TRANS64 ATOMG.ADD",
+        r"moe_stream_kernel<f16, .*>": "HGMMA.F32 UTMALDG.5D LDGSTS.BYPASS.128 SYNCS.ARRIVE.TRANS64 ATOMG.ADD",
+        r"moe_stream_kernel<\w+, \d+, .*>": "FENCE.VIEW.ASYNC.S ARRIVES.LDGSTSBAR WARPGROUP.ARRIVE WARPGROUP.DEPBAR",
+        r"align_rows_kernel<\w+>": "STG.128",
     }
 }
 # What must not be there: float32 stays float32.
