@@ -26,7 +26,7 @@ from .peers.scan import chunked_scan
 from .roofline import Machine, forward, total
 
 CONTEXT = 512  # tokens behind which the forwards are measured
-PROMPT = 64
+PROMPTS = (64, 2048)
 NEW_TOKENS = 32
 BATCHES = (1, 2, 4, 8)
 SETS = 4  # rotating inputs
@@ -34,7 +34,7 @@ TRACED_ROUNDS = 3
 HEAD_SCALE = 6.0  # spread of the logits: at this one a denoiser of random weights is sure of some positions
 MODES = ("mask_diffusion", "mock_ar", "ar")
 PEER = "publisher-style path"
-CHUNKED_PEER = f"{PEER}, chunked scan"  # of prompts alone: a short block is a single chunk
+CHUNKED_PEER = f"{PEER}, chunked scan"  # of prompts alone: a short block is a single chunk; of long ones the only peer
 
 AGREEMENT: dict[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 """Relative L2 distance of logits up to which two implementations count as equal; different ones are about 1 apart.
@@ -65,8 +65,8 @@ def entries(
     machines: ceilings by dtype, for floors. peers: whether to time the publisher-style path as well. quick: shorter
     samples, and fewer batch sizes. `step` hears each key before it is measured.
 
-    Entries of forwards ("denoise", "denoise-commit", "ar", "prefill64") have the form of an op's, "denoise" and
-    "denoise-commit" with a `split`: seconds by kernel; what is left to `seconds` passes between them. "batch" holds
+    Entries of forwards ("denoise", "denoise-commit", "ar", "prefill64", "prefill2048") have the form of an op's,
+    "denoise" and "denoise-commit" with a `split`: seconds by kernel; what is left passes between them. "batch" holds
     seconds of a denoise step (with commit), an extension by a block and an AR step by batch size, "generate" what
     `twotower.generate` reached by mode.
     """
@@ -85,7 +85,7 @@ def entries(
 
 def keys(shape_name: str, dtypes: Sequence[torch.dtype]) -> list[str]:
     """Keys of all entries, in the order in which they are measured."""
-    names = ("denoise", "denoise-commit", "ar", f"prefill{PROMPT}", "batch", "generate")
+    names = ("denoise", "denoise-commit", "ar", *(f"prefill{n}" for n in PROMPTS), "batch", "generate")
     return [f"{shape_name}/{name_of(dtype)}/{name}" for dtype in dtypes for name in names]
 
 
@@ -166,15 +166,16 @@ class _Bench:
         if name == "batch":
             return self._batches()
         if name == "generate":
-            prompt = self._ids(1, PROMPT)
+            prompt = self._ids(1, PROMPTS[0])
             return {mode: self._generate(mode, prompt) for mode in MODES}
         if name.startswith("prefill"):
-            prompts = [self._ids(1, PROMPT) for _ in range(SETS)]
+            rows = int(name.removeprefix("prefill"))
+            prompts = [self._ids(1, rows) for _ in range(SETS)]
             return self._compare(
                 "prefill",
                 [partial(self._prefill, prompt) for prompt in prompts],
                 lambda peer: [partial(_first, peer.prefill, prompt) for prompt in prompts],
-                rows=PROMPT,
+                rows=rows,
             )
         state = random_state(self.model, 1, CONTEXT)
         if name == "ar":
@@ -211,9 +212,8 @@ class _Bench:
         logits = logits_of(self.model) if logits_of else ours[0]()
         if not bool(logits.isfinite().all()):
             raise ValueError(f"{mode}: the model's logits are not finite")
-        trace = self._trace(ours)
+        distinct = self._trace(ours, rounds=1).distinct_experts()
         own = timing.measure(ours, device=self.device, **self.limits)
-        distinct = trace.distinct_experts()
         entry: dict[str, Any] = {
             "op": "model",
             "dtype": name_of(self.dtype),
@@ -224,7 +224,7 @@ class _Bench:
             "missing": {},
         }
         for name, peer in self.peers.items():
-            if name == CHUNKED_PEER and mode != "prefill":
+            if name == (CHUNKED_PEER if rows is None else PEER if rows > PROMPTS[0] else None):
                 continue
             thunks = of_peer(peer)
             theirs = logits_of(peer) if logits_of else thunks[0]()
@@ -285,12 +285,12 @@ class _Bench:
 
         A clock at every kernel slows calls down a little, so it gives the shares of the time measured without.
         """
-        trace = self._trace(thunks)
+        trace = self._trace(thunks, TRACED_ROUNDS)
         return {kernel: seconds * share for kernel, share in trace.shares().items()}
 
-    def _trace(self, thunks: Thunks) -> _Trace:
+    def _trace(self, thunks: Thunks, rounds: int) -> _Trace:
         with _Trace(self.device, self.dimensions.vocab) as trace:
-            for thunk in TRACED_ROUNDS * list(thunks):
+            for thunk in rounds * list(thunks):
                 thunk()
         return trace
 

@@ -9,7 +9,6 @@ import argparse
 import os
 import re
 import subprocess
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -97,16 +96,16 @@ def shorten(demangled: str) -> str:
 
 
 @cache
-def code(architecture: str, library: Path = LIBRARY) -> dict[str, Counter[str]]:
-    """kernel -> the instructions of its machine code with modifiers and operands, and how often each is there."""
-    found: dict[str, Counter[str]] = {}
+def code(architecture: str, library: Path = LIBRARY) -> dict[str, list[str]]:
+    """kernel -> the instructions of its machine code, with modifiers and operands, in order."""
+    found: dict[str, list[str]] = {}
     kernel = ""
     for line in cuobjdump("-sass", "-arch", architecture, library):
         if matched := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*)", line):
-            found[kernel][matched.group(1)] += 1
+            found[kernel].append(matched.group(1))
         elif matched := re.match(r"\s*Function : (\w+)", line):
             kernel = matched.group(1)
-            found[kernel] = Counter()
+            found[kernel] = []
     return {name: found[mangled] for mangled, name in readable(found).items()}
 
 

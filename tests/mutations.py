@@ -62,6 +62,8 @@ TILE = (
         ("the permutation of a tile's chunks is none", "(chunk ^ (row % 8)) * kChunk", "chunk * kChunk"),
         ("the permutation repeats every 4 rows", "(chunk ^ (row % 8)) * kChunk", "(chunk ^ (row % 4)) * kChunk"),
         ("a softmax sum is not rescaled", "sum *= expf(max - largest);", ""),
+        ("a row that is absent is copied", "present ? 16 : 0", "16"),
+        ("of a pair of fragments nothing is called in between", "if (n == 0) between(k);", ""),
     ),
 )  # fmt: skip
 
@@ -144,6 +146,9 @@ MOE = (
         ("the scratch is a stage in use", "stages[kStages - 1].weights.data", "stages[0].weights.data"),
         ("the last stage but one is never filled", "for (int s = 0; s < Traits::kStages - 1; ++s)", "for (int s = 0; s < Traits::kStages - 2; ++s)"),
         ("item numbers repeat between blocks", "simt::block_count() + simt::shuffle(taken, 0)", "simt::shuffle(taken, 0)"),
+        ("a row of weights has no slice", "if (i % kSlices == slice)", "if (i > 0 && i % kSlices == slice)"),
+        ("a step with fewer columns is copied in slices", "(step + 1) * Traits::kColumns <= columns", "step * Traits::kColumns < columns"),
+        ("slices are no group of their own", "i); });\n        simt::cp_async_commit();", "i); });"),
     ),
     *planted(
         "kernels/moe_combine.cuh", "moe_experts", "kernels kernels_moe", "moe_experts",

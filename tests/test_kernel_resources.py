@@ -168,11 +168,21 @@ def test_claimed_instructions_are_in_the_code(architecture: str):
 def test_products_of_warpgroups_are_not_serialised():
     """Four products a group and 64 rows: a compiler that cannot prove the accumulators untouched waits in between."""
     for kernel, found in kernel_resources.code("sm_90a").items():
-        products = sum(n for text, n in found.items() if text.startswith("HGMMA"))
-        groups = sum(n for text, n in found.items() if text.startswith("HGMMA") and "gsb0" in text)
+        products = sum(text.startswith("HGMMA") for text in found)
+        groups = sum(text.startswith("HGMMA") and "gsb0" in text for text in found)
         rows = re.search(r"moe_stream_kernel<\w+, (\d+),", kernel)
         assert products == (4 * int(rows[1]) // 128 * groups if rows else 0), kernel
         assert (products > 0) == kernel.startswith("moe_stream_kernel"), kernel
+
+
+@compiled
+@pytest.mark.parametrize("architecture", CODES)
+def test_copies_are_started_among_products(architecture: str):
+    """In the tile for prompts: a few at a time, so that tensor cores do not wait while they are issued."""
+    (kernel,) = [name for name in usages() if re.fullmatch(r"moe_experts_kernel<bf16, 192, 128, .*, 4>", name)]
+    kinds = {"HMMA": "H", "LDGSTS": "C"}
+    order = "".join(kinds.get(re.split(r"\W", text)[0], "") for text in kernel_resources.code(architecture)[kernel])
+    assert re.search("(C{1,4}H+){4}", order)
 
 
 @compiled

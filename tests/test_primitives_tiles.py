@@ -276,12 +276,17 @@ def test_row_copies(backend: Backend, name: str, offset: int):
     ],
 )
 def test_multiply(backend: Backend, left: str, right: str, used: int):
-    """The first `used` of three fragments across; the others are left as they are."""
+    """The first `used` of three fragments across; the others are left as they are. What is to be done in between is
+    done once for every 16 columns."""
+    calls = 0 if used == 3 else 0x01010101
     for a, b, exact in ((whole(80, 64), whole(56, 64, seed=1), True), (draw(80, 64), draw(56, 64, seed=1), False)):
         a, b = a.to(DTYPES[left]).float(), b.to(DTYPES[right]).float()
         given = torch.cat([a.flatten(), b.flatten()])
         for times in (0, 1, 2):
-            out = run(backend, f"multiply_{left}_{right}_{used}", given, torch.full((2, 32, 24), torch.nan), times)
+            size = 2 * 32 * 24
+            every = run(backend, f"multiply_{left}_{right}_{used}", given, torch.full((size + 2,), torch.nan), times)
+            out = every[:size].view(2, 32, 24)
+            assert every[size:].view(torch.int32).tolist() == [times * calls] * 2
             for warp in range(2):
                 rows, columns = a[16 + 32 * warp :][:32].double(), b[8 + 24 * warp :][: 8 * used].double()
                 expected, terms = times * rows @ columns.T, times * rows.abs() @ columns.abs().T

@@ -10,6 +10,7 @@ FORWARDS = {
     "denoise-commit": "denoise step: forward, head, commit",
     "ar": "autoregressive step",
     "prefill64": "prefill of 64 tokens",
+    "prefill2048": "prefill of 2,048 tokens",
 }
 
 

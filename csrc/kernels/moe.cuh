@@ -30,6 +30,8 @@ struct ExpertsTraits {
   static constexpr int kThreads = kWarpsM * kWarpsN * simt::kWarp;
   static constexpr int kColumns = 128 / sizeof(T);  // of K in a step: 128 bytes of each row of weights
   static constexpr int kM = kRows / kWarpsM / 16, kN = kTokens / kWarpsN / 8;  // a warp's fragments
+  // Whether a step's copies are started among its products, which are long enough there to hide that.
+  static constexpr bool kHidesCopies = kM * kN >= 24 && sizeof(T) == 2;
   static_assert(kRows % (16 * kWarpsM) == 0 && kTokens % (16 * kWarpsN) == 0 && kStages >= 2);
   using Accumulators = simt::Fragments<kM, kN>;
 
@@ -66,6 +68,7 @@ struct ItemSource {
   using WeightCopies = simt::RowCopies<Traits::kThreads, decltype(Stage::weights)>;
   using TokenCopies = simt::RowCopies<Traits::kThreads, decltype(Stage::tokens)>;
   static_assert(WeightCopies::kPass % 16 == 0, "so that a thread has gate rows alone or value rows alone");
+  static constexpr int kSlices = Traits::kColumns / 16;
 
   int columns, steps;
   const typename Traits::T* weights;  // the first row of weights; the next are weights_step elements apart
@@ -109,6 +112,23 @@ struct ItemSource {
     }
     simt::cp_async_commit();
   }
+  // Whether the step has all its columns, and rows of both operands start at multiples of 16 bytes: its copies can then
+  // be started in kSlices parts instead.
+  __device__ bool in_slices(const Product& product, int step) const {
+    return Traits::kHidesCopies && (step + 1) * Traits::kColumns <= columns && product.weights_aligned() &&
+           product.tokens_aligned();
+  }
+  __device__ void start_slice(Stage& stage, int step, int slice) const {
+    const int column = step * Traits::kColumns;
+    SIMT_UNROLL
+    for (int i = 0; i < WeightCopies::kCount; ++i)
+      if (i % kSlices == slice)
+        WeightCopies::start_row(stage.weights, i, weights_present >> i & 1, weights + i * weights_step + column);
+    SIMT_UNROLL
+    for (int i = 0; i < TokenCopies::kCount; ++i)
+      if ((i + 2) % kSlices == slice)
+        TokenCopies::start_row(stage.tokens, i, tokens_present >> i & 1, tokens[i] + column);
+  }
 };
 
 // The first warp: looks up item `index`, and waits until its operands are there.
@@ -126,23 +146,24 @@ __device__ void prepare(const Product& product, ExpertsSmem<Traits>& smem, int i
     if (item.expert >= 0) product.wait(item);
   }
 }
-// The same for the next item that no block has taken.
+// The same for the next item that no block has taken, of which the first lane has the number.
 template <class Traits, class Product>
-__device__ void prepare_next(const Product& product, ExpertsSmem<Traits>& smem) {
-  uint32_t taken = 0;
-  if (simt::lane() == 0) taken = simt::atomic_add(product.taken(), 1u);
+__device__ void prepare_taken(const Product& product, ExpertsSmem<Traits>& smem, uint32_t taken) {
   prepare<Traits>(product, smem, static_cast<int>(simt::block_count() + simt::shuffle(taken, 0)));
   simt::warp_sync();  // the first lane may have waited, and collectives follow
 }
 
 // acc += weights tokens over one step, for as many of the warp's fragments of tokens as hold any: `used` rounded up to
-// a quarter of them.
-template <class Traits, int kUsed = Traits::kN, class Stage>
-__device__ void multiply_used(typename Traits::Accumulators& acc, const Stage& stage, int used) {
+// a quarter of them. between(slice) is called among the products of each 16 columns.
+template <class Traits, int kUsed = Traits::kN, class Stage, class Between>
+__device__ void multiply_used(typename Traits::Accumulators& acc, const Stage& stage, int used, Between&& between) {
   constexpr int kQuarter = Traits::kN > 4 ? Traits::kN / 4 : 1;
   if constexpr (kUsed > 0) {
-    if (used <= kUsed - kQuarter) return multiply_used<Traits, kUsed - kQuarter>(acc, stage, used);
-    simt::multiply<kUsed>(acc, stage.weights, Traits::warp_row(), stage.tokens, Traits::warp_token());
+    if (used <= kUsed - kQuarter) return multiply_used<Traits, kUsed - kQuarter>(acc, stage, used, between);
+    simt::multiply<kUsed>(acc, stage.weights, Traits::warp_row(), stage.tokens, Traits::warp_token(), between);
+  } else {
+    SIMT_UNROLL
+    for (int slice = 0; slice < Traits::kColumns / 16; ++slice) between(slice);
   }
 }
 
@@ -154,6 +175,7 @@ __device__ void run(const Product& product, ExpertsSmem<Traits>& smem, Stage (&s
   ExpertsItem item{.expert = -1};
   ItemSource<Traits, Product> source;
   typename Traits::Accumulators acc;
+  uint32_t taken = 0;  // by the first thread: the number of the item after the next
   if (simt::warp() == 0) prepare<Traits>(product, smem, static_cast<int>(simt::block_index()));
   for (;;) {
     simt::block_sync();  // the next item is known, and all are done with all stages
@@ -169,13 +191,23 @@ __device__ void run(const Product& product, ExpertsSmem<Traits>& smem, Stage (&s
 
     acc.zero();
     const int used = product.used_fragments(item);
+    const int looked_up_in = source.steps > 1;  // the second step, when its number is there; or the only one
     int stage = 0;
     for (int step = 0; step < source.steps; ++step) {
       simt::cp_async_wait<kStages - 2>();
       simt::block_sync();  // the step's data is there, and all are done with the step before, whose stage is refilled
-      source.start(product, stages[stage == 0 ? kStages - 1 : stage - 1], step + kStages - 1);
-      if (step == 0 && simt::warp() == 0) prepare_next<Traits>(product, smem);
-      multiply_used<Traits>(acc, stages[stage], used);
+      Stage& refilled = stages[stage == 0 ? kStages - 1 : stage - 1];
+      const int ahead = step + kStages - 1;
+      const bool in_slices = source.in_slices(product, ahead);
+      if (!in_slices) source.start(product, refilled, ahead);
+      if (step == 0 && simt::thread_index() == 0) taken = simt::atomic_add(product.taken(), 1u);
+      if (step == looked_up_in && simt::warp() == 0) prepare_taken<Traits>(product, smem, taken);
+      if (in_slices) {
+        multiply_used<Traits>(acc, stages[stage], used, [&](int i) { source.start_slice(refilled, ahead, i); });
+        simt::cp_async_commit();
+      } else {
+        multiply_used<Traits>(acc, stages[stage], used, [](int) {});
+      }
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
   }

@@ -184,6 +184,13 @@ struct RowCopies {
       }
     }
   }
+
+  // Starts the copy of one row, all of whose columns are there, from a multiple of 16 bytes; zeros where not `present`.
+  __device__ static void start_row(Tile& tile, int i, bool present, const T* from) {
+    const int chunk = thread_index() % Tile::kChunks;
+    T* to = kPass % 8 == 0 ? tile.chunk(row(0), chunk) + i * kPass * Tile::kColumns : tile.chunk(row(i), chunk);
+    cp_async(shared_address(to), from + chunk * Tile::kChunk, present ? 16 : 0);
+  }
 };
 
 // --- products of tiles -----------------------------------------------------------------------------------------------
@@ -206,8 +213,9 @@ struct Fragments {
 // d += a bᵀ over all columns of the tiles: rows [a_row, a_row + 16 kM) of a, rows [b_row, b_row + 8 kUsed) of b, which
 // are the first kUsed of d's columns of fragments. Collective. An element's terms are added in the order of the
 // columns, whatever the sizes. Tensor cores where both tiles hold the same 16-bit type; else float32 multiply-adds.
-template <int kUsed, class F, class A, class B>
-__device__ void multiply(F& d, const A& a, int a_row, const B& b, int b_row) {
+// between(k) is called among the products of the k-th 16 columns, for work that they hide.
+template <int kUsed, class F, class A, class B, class Between>
+__device__ void multiply(F& d, const A& a, int a_row, const B& b, int b_row, Between&& between) {
   static_assert(A::kColumns == B::kColumns && kUsed <= F::kN);
   using T = typename A::T;
   if constexpr (sizeof(T) == 2 && std::is_same_v<T, typename B::T>) {
@@ -225,6 +233,7 @@ __device__ void multiply(F& d, const A& a, int a_row, const B& b, int b_row) {
       for (int n = 0; n + 1 < kUsed; n += 2) {
         uint32_t right[4];
         ldmatrix(right, shared_address(b_at + 8 * n * B::kColumns));
+        if (n == 0) between(k);
         const uint32_t first[2] = {right[0], right[1]}, second[2] = {right[2], right[3]};
         SIMT_UNROLL
         for (int m = 0; m < F::kM; ++m) mma<T>(d.at[m][n], left[m], first);
@@ -235,6 +244,7 @@ __device__ void multiply(F& d, const A& a, int a_row, const B& b, int b_row) {
         uint32_t right[2];
         const T* last = b.chunk(b_row + 8 * (kUsed - 1) + lane() % 8, 2 * k + lane() / 8 % 2);
         ldmatrix(right, shared_address(last));
+        if (kUsed == 1) between(k);
         SIMT_UNROLL
         for (int m = 0; m < F::kM; ++m) mma<T>(d.at[m][kUsed - 1], left[m], right);
       }
@@ -242,6 +252,7 @@ __device__ void multiply(F& d, const A& a, int a_row, const B& b, int b_row) {
   } else {
     SIMT_UNROLL_BY(2)
     for (int k = 0; k < A::kColumns; ++k) {
+      if (k % 16 == 0) between(k / 16);
       SIMT_UNROLL
       for (int m = 0; m < F::kM; ++m) {
         SIMT_UNROLL
@@ -254,10 +265,10 @@ __device__ void multiply(F& d, const A& a, int a_row, const B& b, int b_row) {
     }
   }
 }
-// The same with all of d's fragments.
+// The same with all of d's fragments, and nothing in between.
 template <class F, class A, class B>
 __device__ void multiply(F& d, const A& a, int a_row, const B& b, int b_row) {
-  multiply<F::kN>(d, a, a_row, b, b_row);
+  multiply<F::kN>(d, a, a_row, b, b_row, [](int) {});
 }
 
 }  // namespace twotower::simt
