@@ -3,6 +3,7 @@
 // Each weight matrix that is needed at all is read once for up to kPairs routed tokens, by as many threads as it has
 // tiles. The shared expert is one more expert that every token visits. Sums have a fixed order: within a product that
 // of gemm.h, over a token's experts that of its slots. So a token's result depends on nothing but the token.
+#include <algorithm>
 #include <numeric>
 #include <vector>
 
@@ -16,8 +17,9 @@ namespace twotower::cpu {
 namespace {
 
 constexpr int64_t kPairs = 4096;  // (token, slot) pairs in flight: bounds the scratch memory
-constexpr int64_t kRows = 64;     // token rows that stay in the cache while a weight tile passes
-constexpr int64_t kTile = 64;     // weight rows of one work item
+constexpr int64_t kRows = 66;  // token rows that stay in the cache while a weight tile passes: 11 register tiles of 6
+constexpr int64_t kTile = 64;  // weight rows of one work item
+constexpr int kPieces = 64;    // a thread's, of the items: an expert may have a hundred times the tokens of another
 
 // One expert and the rows that visit it.
 template <class T>
@@ -108,6 +110,9 @@ class Experts {
       visits_.push_back(
           {p_.shared_up.at<const T>(0), p_.shared_down.at<const T>(0), p_.shared_F, tokens_ * p_.k, tokens_, h});
     }
+    // The longest items first, so that no thread is left alone with one.
+    std::stable_sort(visits_.begin(), visits_.end(),
+                     [](const Visit<T>& a, const Visit<T>& b) { return a.count > b.count; });
   }
 
   // body(item) in parallel over tiles of rows_of(visit) rows of every visited expert.
@@ -119,9 +124,12 @@ class Experts {
       for (int64_t begin = 0; begin < rows; begin += kTile)
         items_.push_back({static_cast<int64_t>(v), begin, std::min(begin + kTile, rows)});
     }
-    parallel_for(items_.size(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) body(items_[i]);
-    });
+    parallel_for(
+        items_.size(), 1,
+        [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) body(items_[i]);
+        },
+        kPieces);
   }
 
   // h = activation(up x), kept as the next product takes it; never in float16, which a square overflows easily.

@@ -157,15 +157,15 @@ int num_threads() {
   return requested_threads > 0 ? requested_threads : all;
 }
 
-void run_parallel(int64_t n, int64_t grain, Body body, const void* context) {
+void run_parallel(int64_t n, int64_t grain, int pieces, Body body, const void* context) {
   if (n <= 0) return;
   grain = std::max<int64_t>(grain, 1);
   const int64_t pieces_possible = (n + grain - 1) / grain;
   const int threads = static_cast<int>(std::min<int64_t>(num_threads(), pieces_possible));
   if (threads <= 1 || inside_pool) return body(context, 0, n);
   Pool& p = *pool();
-  // Four pieces a thread even out uneven work without making pieces smaller than the grain.
-  Job job(body, context, n, std::max(grain, (n + 4 * threads - 1) / (4 * threads)));
+  const int64_t all = int64_t{pieces} * threads;
+  Job job(body, context, n, std::max(grain, (n + all - 1) / all));
   const bool team = requested_team && !forked;
   const std::unique_lock lock = team ? std::unique_lock<std::mutex>() : std::unique_lock(p.mutex, std::try_to_lock);
   if (!team && !lock) return body(context, 0, n);

@@ -18,19 +18,20 @@ using Team = void (*)(int64_t n, Body body, const void* context);
 void use_threads(int threads, Team team = nullptr);
 int num_threads();
 
-void run_parallel(int64_t n, int64_t grain, Body body, const void* context);
+void run_parallel(int64_t n, int64_t grain, int pieces, Body body, const void* context);
 
 namespace {  // compiled into every object that uses it, for that object's instruction set
 
-// Runs body(begin, end) over disjoint pieces of [0, n), each of at least `grain` items except the last. Pieces run
-// in any order on any thread, so results must not depend on them. An exception of body is rethrown here. A nested
-// call, and one while another thread holds the library's pool, runs on the calling thread alone.
+// Runs body(begin, end) over disjoint pieces of [0, n), each of at least `grain` items except the last: about `pieces`
+// of them a thread, so that uneven work is evened out. Threads take them in ascending order, so that long ones are best
+// put first; results must not depend on which takes what. An exception of body is rethrown here. A nested call, and one
+// while another thread holds the library's pool, runs on the calling thread alone.
 template <class F>
-void parallel_for(int64_t n, int64_t grain, const F& body) {
+void parallel_for(int64_t n, int64_t grain, const F& body, int pieces = 4) {
   const auto call = [](const void* context, int64_t begin, int64_t end) {
     (*static_cast<const F*>(context))(begin, end);
   };
-  run_parallel(n, grain, call, &body);
+  run_parallel(n, grain, pieces, call, &body);
 }
 
 }  // namespace
