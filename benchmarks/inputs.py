@@ -231,7 +231,7 @@ def _moe_route(d: Dimensions, shape_name: str) -> dict[str, Draw]:
 
         return samples
 
-    return {f"T{tokens}": draw(tokens) for tokens in (d.block, 128)}
+    return {f"T{tokens}": draw(tokens) for tokens in (d.block, 128, 2048, 8192)}
 
 
 def _moe_experts(d: Dimensions, shape_name: str) -> dict[str, Draw]:
@@ -262,8 +262,8 @@ def _moe_experts(d: Dimensions, shape_name: str) -> dict[str, Draw]:
 
         return samples
 
-    uniform = {f"T{tokens}": draw(tokens) for tokens in (1, d.block, 128, 512, 2048, 8192)}
-    return uniform | {f"T{tokens}-traces": draw(tokens, True) for tokens in (d.block, 128, 512)}
+    uniform = {f"T{tokens}": draw(tokens) for tokens in (1, d.block, 128, 512, 1024, 2048, 8192)}
+    return uniform | {f"T{tokens}-traces": draw(tokens, True) for tokens in (d.block, 128, 512, 2048)}
 
 
 def _block_attention(d: Dimensions, shape_name: str) -> dict[str, Draw]:
@@ -359,7 +359,7 @@ def _lm_head_commit(d: Dimensions, shape_name: str) -> dict[str, Draw]:
     return {f"rows{d.block}": draw}
 
 
-GPU_CASES = ("T2048", "T8192")  # which would take a CPU minutes
+GPU_CASES = ("T1024", "T8192", "T2048-traces")  # which would take a CPU minutes
 INPUTS: dict[str, Callable[[Dimensions, str], dict[str, Draw]]] = {
     "rms_norm": _rms_norm,
     "gated_group_rms_norm": _gated_group_rms_norm,

@@ -223,8 +223,9 @@ class _Bench:
             "peers": {},
             "missing": {},
         }
+        left_out = {None: CHUNKED_PEER, PROMPTS[0]: None}.get(rows, PEER)
         for name, peer in self.peers.items():
-            if name == (CHUNKED_PEER if rows is None else PEER if rows > PROMPTS[0] else None):
+            if name == left_out:
                 continue
             thunks = of_peer(peer)
             theirs = logits_of(peer) if logits_of else thunks[0]()

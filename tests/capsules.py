@@ -75,10 +75,14 @@ class Made:
         self._device = device
         shape = values.shape if shape is None else shape
         self._shape = (ctypes.c_int64 * len(shape))(*shape)
+        strides = None  # in rows, one after the other
+        if values.size and not values.flags.c_contiguous:
+            strides = (ctypes.c_int64 * values.ndim)(*(step // values.itemsize for step in values.strides))
+        self._strides = strides
         self._deleter = Deleter(self._count)
         tensor = DLTensor(
             None if null else values.ctypes.data, Device(*device), len(shape),
-            Type(CODES[values.dtype.kind], 8 * values.dtype.itemsize, lanes), self._shape, None, byte_offset,
+            Type(CODES[values.dtype.kind], 8 * values.dtype.itemsize, lanes), self._shape, strides, byte_offset,
         )  # fmt: skip
         if versioned:
             self._managed: Any = ManagedVersioned(*version, None, self._deleter, 0, tensor)

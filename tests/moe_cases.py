@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+
+import emulation
 import torch
 from backends import Backend
 from torch import Tensor
@@ -33,6 +36,27 @@ def experts(tokens: int, width: int, experts: int, inner: int, k: int, shared: i
         normal(rows * shared, width, scale=width**-0.5) if shared else None,
         normal(width, shared, scale=max(shared, 1) ** -0.5) if shared else None,
     ]  # fmt: skip
+
+
+def routed(arguments: list, ids: list[list[int]]) -> list:
+    """The same with these experts for each token."""
+    return [arguments[0], torch.tensor(ids, dtype=torch.int32), *arguments[2:]]
+
+
+def popular(tokens: int, count: int, k: int) -> Tensor:
+    """Distinct experts for each token, in ascending order, some very popular: (e + 7)^-2.2; of every two the second has
+    no token at all."""
+    g = generator(tokens, count, k, "popular")
+    weights = (torch.arange(count) + 7.0) ** -2.2
+    weights[1::2] = 0
+    return torch.multinomial(weights.expand(tokens, count), k, generator=g).sort(-1).values.int()
+
+
+def launched_kernel() -> int:
+    """The address of the last moe_experts kernel on the emulator: another one for each tile."""
+    address = ctypes.CDLL(str(emulation.library())).twotower_coresident_kernel
+    address.restype = ctypes.c_void_p
+    return address()
 
 
 def check(backend: Backend, arguments: list, dtype: torch.dtype, gated: bool = False) -> Tensor:

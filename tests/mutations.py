@@ -146,6 +146,9 @@ MOE = (
         ("the scratch is a stage in use", "stages[kStages - 1].weights.data", "stages[0].weights.data"),
         ("the last stage but one is never filled", "for (int s = 0; s < Traits::kStages - 1; ++s)", "for (int s = 0; s < Traits::kStages - 2; ++s)"),
         ("item numbers repeat between blocks", "simt::block_count() + simt::shuffle(taken, 0)", "simt::shuffle(taken, 0)"),
+    ),
+    *planted(
+        "kernels/moe.cuh", "moe_experts", "kernels_moe_mma", "each_tile or filling",
         ("a row of weights has no slice", "if (i % kSlices == slice)", "if (i > 0 && i % kSlices == slice)"),
         ("a step with fewer columns is copied in slices", "(step + 1) * Traits::kColumns <= columns", "step * Traits::kColumns < columns"),
         ("slices are no group of their own", "i); });\n        simt::cp_async_commit();", "i); });"),
@@ -259,7 +262,7 @@ STREAMED = (
     ),
     *planted(
         "kernels/moe_stream.cu", "moe_experts", "kernels_moe_sm90", "",
-        ("streamed: rows of x that are not aligned are read in place", "if (aligned<T>(p.x) && p.x", "if (p.x"),
+        ("streamed: rows of x that are not aligned are read in place", "if (aligned<T>(p.x) && stride", "if (stride"),
         ("streamed: the call's first tokens are read again", "return {p.x.at<T>(pass.first),", "return {p.x.at<T>(0),"),
         ("streamed: the call's first tokens are aligned again", "p, pass.first,\n", "p, int64_t{0},\n"),
     ),

@@ -157,3 +157,20 @@ def resident() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_rows_in_descending_order(architecture: int, monkeypatch: pytest.MonkeyPatch):
+    """x[::-1], which torch does not have."""
+    monkeypatch.setenv("SIMT_ARCH", str(architecture))
+    sample = next(s for s in OPS["moe_experts"].samples("cpu", torch.float16) if s.args[0].shape[0] > 2)
+    x, *others = sample.args
+    width = -x.shape[1] % 8  # so that rows start at multiples of 16 bytes
+    rows = np.ascontiguousarray(np.pad(x.numpy(), ((0, 0), (0, width)))[::-1])[::-1][:, : x.shape[1]]
+    assert rows.strides[0] < 0
+    assert np.array_equal(rows, x.numpy())
+    expected = call("moe_experts", sample.args, sample.kwargs)
+    found = emulation.arrays().moe_experts(
+        Made(rows, device=ON_GPU), *map(on_gpu, others), **{k: on_gpu(v) for k, v in sample.kwargs.items()}
+    )
+    assert contents(found).tobytes() == contents(expected).tobytes()

@@ -61,13 +61,13 @@ def test_every_op_has_cases_under_stable_keys(dimensions, shape):
         assert results.KEY.fullmatch(case.key)
         op, named, dtype, _ = case.key.split("/")
         assert (op, named, dtype) == (case.op, shape, str(case.dtype).removeprefix("torch."))
-    routed = {"T1", "T16", "T128", "T512", "T16-traces", "T128-traces", "T512-traces"}
+    routed = {"T1", "T16", "T128", "T512", "T2048", "T16-traces", "T128-traces", "T512-traces"}
     needed = {"moe_experts": routed, "mamba_block": {"rows16", "rows1-update"}}
     for op, names in needed.items():
         assert {case.key.split("/")[3] for case in found if case.op == op} == names
     on_gpus = {case.key for case in cases(dimensions, shape, DTYPES, backend="cuda")} - set(keys)
-    assert {key.split("/")[3] for key in on_gpus} == {"T2048", "T8192"}
-    assert all(key.startswith("moe_experts/") for key in on_gpus)
+    on_gpus = {(key.split("/")[0], key.split("/")[3]) for key in on_gpus}
+    assert on_gpus == {("moe_route", "T8192"), *(("moe_experts", t) for t in ("T1024", "T8192", "T2048-traces"))}
 
 
 def test_an_op_that_is_unknown_or_has_no_inputs_is_an_error(monkeypatch):
@@ -299,12 +299,12 @@ def test_model_entries_hold_times_shares_and_peers(monkeypatch):
     monkeypatch.setattr(model, "QUICK", dict(min_seconds=0.02, max_seconds=0.4, min_runs=2))
     found = dict(model.entries(TINY, "custom", [torch.float32], quick=True))
     assert list(found) == model.keys("custom", [torch.float32])
-    forwards = {name.split("/")[2]: found[name] for name in list(found)[:4]}
-    assert list(forwards) == ["denoise", "denoise-commit", "ar", "prefill64"]
+    forwards = {name.split("/")[2]: found[name] for name in list(found)[:5]}
+    assert list(forwards) == ["denoise", "denoise-commit", "ar", "prefill64", "prefill2048"]
     for name, entry in forwards.items():
         assert 0 < entry["low"] <= entry["seconds"] <= entry["high"]
-        expected = {model.PEER, model.CHUNKED_PEER} if name == "prefill64" else {model.PEER}
-        assert entry["peers"].keys() == expected
+        wanted = {"prefill64": {model.PEER, model.CHUNKED_PEER}, "prefill2048": {model.CHUNKED_PEER}}
+        assert entry["peers"].keys() == wanted.get(name, {model.PEER})
         assert all(peer["distance"] < 1e-3 for peer in entry["peers"].values())
         assert not entry["missing"]
         assert TINY.top_k <= entry["notes"]["distinct_experts"] <= TINY.experts

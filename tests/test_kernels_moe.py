@@ -91,27 +91,6 @@ def test_moe_experts_against_float64(tokens, width, count, inner, k, shared, gat
     check(backend, experts(tokens, width, count, inner, k, shared, gated, dtype), dtype, gated)
 
 
-@pytest.mark.parametrize("shared_kib", [163, 99])
-@pytest.mark.parametrize(
-    ("width", "inner", "gated"),
-    [
-        (130, 72, False),  # no row aligned: every step is copied before its products
-        (64, 72, True),
-        (392, 328, False),  # steps whose copies stand among the products of others, then one with fewer columns
-        (384, 320, True),
-    ],
-)
-def test_moe_experts_in_the_largest_tile(width, inner, gated, shared_kib, backend: Backend, monkeypatch):
-    """More than 64 tokens a row of weights; in 99 KiB of shared memory fewer stages. A token's bits are its own."""
-    monkeypatch.setenv("SIMT_SHARED_KIB", str(shared_kib))
-    monkeypatch.setenv("TWOTOWER_MOE_KERNEL", "mma")  # a token alone, too
-    arguments = experts(130, width, 2, inner, 1, 24, gated, torch.bfloat16)
-    many = check(backend, arguments, torch.bfloat16, gated)
-    activation = "silu_gate" if gated else "relu2"
-    alone = backend.run("moe_experts", *(a[7:8] for a in arguments[:3]), *arguments[3:], activation=activation)
-    assert torch.equal(alone, many[7:8])
-
-
 @every_architecture
 def test_moe_experts_over_two_passes(backend: Backend):
     """More pairs than one pass holds (65,536): passes of 820 tokens."""

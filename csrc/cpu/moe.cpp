@@ -17,9 +17,11 @@ namespace twotower::cpu {
 namespace {
 
 constexpr int64_t kPairs = 4096;  // (token, slot) pairs in flight: bounds the scratch memory
-constexpr int64_t kRows = 66;  // token rows that stay in the cache while a weight tile passes: 11 register tiles of 6
-constexpr int64_t kTile = 64;  // weight rows of one work item
-constexpr int kPieces = 64;    // a thread's, of the items: an expert may have a hundred times the tokens of another
+constexpr int64_t kRows = 66;     // token rows that stay in the cache while a weight tile passes: whole register tiles
+constexpr int64_t kTile = 64;     // weight rows of one work item
+// Pieces of the items for a thread. Where weights take the time, long ones: what follows is asked of memory ahead.
+// Where products do, single items: an expert may have a hundred times the tokens of another.
+constexpr int kLongPieces = 4, kShortPieces = 64;
 
 // One expert and the rows that visit it.
 template <class T>
@@ -47,10 +49,7 @@ class Experts {
   using O = operand_t<T>;
 
  public:
-  explicit Experts(const ExpertsParams& p)
-      : p_(p),
-        shared_(p.shared_F > 0),
-        chunk_(std::min(p.T, std::max<int64_t>(1, kPairs / std::max<int64_t>(p.k, 1)))) {
+  explicit Experts(const ExpertsParams& p) : p_(p), shared_(p.shared_F > 0), chunk_(chunk_of(p)) {
     const int64_t rows = chunk_ * (p.k + shared_);
     rows_ = scratch<O>(chunk_ * row_stride<O>(p.D));
     row_.resize(chunk_);
@@ -74,6 +73,13 @@ class Experts {
   }
 
  private:
+  // Chunks of the same size: each reads all weights.
+  static int64_t chunk_of(const ExpertsParams& p) {
+    const int64_t most = std::max<int64_t>(1, kPairs / std::max<int64_t>(p.k, 1));
+    const int64_t chunks = std::max<int64_t>(1, (p.T + most - 1) / most);
+    return (p.T + chunks - 1) / chunks;
+  }
+
   int64_t expert(int64_t token, int64_t slot) const {
     return p_.id_dtype == DType::i32 ? p_.expert_ids.at<const int32_t>(token)[slot]
                                      : p_.expert_ids.at<const int64_t>(token)[slot];
@@ -110,9 +116,9 @@ class Experts {
       visits_.push_back(
           {p_.shared_up.at<const T>(0), p_.shared_down.at<const T>(0), p_.shared_F, tokens_ * p_.k, tokens_, h});
     }
-    // The longest items first, so that no thread is left alone with one.
+    // Those with the most work first, so that no thread is left alone with them.
     std::stable_sort(visits_.begin(), visits_.end(),
-                     [](const Visit<T>& a, const Visit<T>& b) { return a.count > b.count; });
+                     [](const Visit<T>& a, const Visit<T>& b) { return a.count * a.width > b.count * b.width; });
   }
 
   // body(item) in parallel over tiles of rows_of(visit) rows of every visited expert.
@@ -129,7 +135,7 @@ class Experts {
         [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) body(items_[i]);
         },
-        kPieces);
+        tokens_ <= kRows ? kLongPieces : kShortPieces);
   }
 
   // h = activation(up x), kept as the next product takes it; never in float16, which a square overflows easily.

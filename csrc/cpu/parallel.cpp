@@ -157,7 +157,7 @@ int num_threads() {
   return requested_threads > 0 ? requested_threads : all;
 }
 
-void run_parallel(int64_t n, int64_t grain, int pieces, Body body, const void* context) {
+void run_parallel(int64_t n, int64_t grain, Body body, const void* context, int pieces) {
   if (n <= 0) return;
   grain = std::max<int64_t>(grain, 1);
   const int64_t pieces_possible = (n + grain - 1) / grain;

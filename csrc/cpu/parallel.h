@@ -18,7 +18,7 @@ using Team = void (*)(int64_t n, Body body, const void* context);
 void use_threads(int threads, Team team = nullptr);
 int num_threads();
 
-void run_parallel(int64_t n, int64_t grain, int pieces, Body body, const void* context);
+void run_parallel(int64_t n, int64_t grain, Body body, const void* context, int pieces);
 
 namespace {  // compiled into every object that uses it, for that object's instruction set
 
@@ -31,7 +31,7 @@ void parallel_for(int64_t n, int64_t grain, const F& body, int pieces = 4) {
   const auto call = [](const void* context, int64_t begin, int64_t end) {
     (*static_cast<const F*>(context))(begin, end);
   };
-  run_parallel(n, grain, pieces, call, &body);
+  run_parallel(n, grain, call, &body, pieces);
 }
 
 }  // namespace

@@ -30,8 +30,9 @@ struct ExpertsTraits {
   static constexpr int kThreads = kWarpsM * kWarpsN * simt::kWarp;
   static constexpr int kColumns = 128 / sizeof(T);  // of K in a step: 128 bytes of each row of weights
   static constexpr int kM = kRows / kWarpsM / 16, kN = kTokens / kWarpsN / 8;  // a warp's fragments
-  // Whether a step's copies are started among its products, which are long enough there to hide that.
-  static constexpr bool kHidesCopies = kM * kN >= 24 && sizeof(T) == 2;
+  // Whether a step's copies are started among its products: where these are many, and no copy is needed in the next
+  // step.
+  static constexpr bool kHidesCopies = kM * kN >= 24 && kStages > 2;
   static_assert(kRows % (16 * kWarpsM) == 0 && kTokens % (16 * kWarpsN) == 0 && kStages >= 2);
   using Accumulators = simt::Fragments<kM, kN>;
 

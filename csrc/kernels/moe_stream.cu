@@ -23,10 +23,12 @@ Layout lay_out(const ExpertsParams& p, int64_t tokens) {
   return {pass, rows, used + tokens * p.D * 2};
 }
 
-// The pass's rows of x as they are, or, where they are not aligned or too far apart for 32 bits, copied to `room`.
+// The pass's rows of x as they are, or copied to `room` where they are not aligned, or where 32 bits without a sign do
+// not tell how many chunks of 16 bytes a row stands behind the first.
 template <class T>
 Rows<1> aligned_rows(const char* op, const ExpertsParams& p, const ExpertsPass& pass, void* room, void* stream) {
-  if (aligned<T>(p.x) && p.x.stride[0] * pass.tokens <= int64_t{1} << 35)
+  const int64_t stride = p.x.stride[0];
+  if (aligned<T>(p.x) && stride >= 0 && stride <= (int64_t{1} << 35) / pass.tokens)
     return {p.x.at<T>(pass.first), {p.x.stride[0]}};
   simt::launch(op, kernels::align_rows_kernel<T>, pass.tokens, kernels::kAlignThreads, 0, stream, p, pass.first,
                static_cast<T*>(room));

@@ -78,6 +78,7 @@ struct Launch {
   int threads;
   size_t shared;
   bool coresident;
+  const void* kernel;
 };
 // Runs body(context) once a thread of every block; throws std::runtime_error with a report where the kernel is wrong.
 void run(const Launch& launch, void (*body)(void*), void* context);
@@ -258,12 +259,12 @@ inline int64_t shared_limit(const char*) {
 }
 template <class... P, class... A>
 void launch(const char* op, void (*kernel)(P...), int64_t blocks, int threads, size_t shared, void*, A... args) {
-  emulated::launch({op, blocks, threads, shared, false}, kernel, args...);
+  emulated::launch({op, blocks, threads, shared, false, reinterpret_cast<const void*>(kernel)}, kernel, args...);
 }
 template <class... P, class... A>
 void launch_coresident(const char* op, void (*kernel)(P...), int64_t blocks, int threads, size_t shared, void*,
                        A... args) {
-  emulated::launch({op, blocks, threads, shared, true}, kernel, args...);
+  emulated::launch({op, blocks, threads, shared, true, reinterpret_cast<const void*>(kernel)}, kernel, args...);
 }
 template <auto kKernel>
 int64_t coresident_blocks(const char*, int, size_t) {

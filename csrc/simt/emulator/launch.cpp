@@ -130,6 +130,7 @@ void run(const Launch& launch, void (*body)(void*), void* context) {
   reset_global_shadow();  // what ran before on the stream is over
   const std::vector<int64_t> order = order_of_blocks(launch.blocks);
   if (launch.coresident) {
+    machine.coresident_kernel = launch.kernel;
     if (!order.empty()) run_together(order);
   } else {
     for (const int64_t index : order)
@@ -149,6 +150,11 @@ extern "C" __attribute__((visibility("default"))) uint64_t twotower_ldmatrix_con
 // For tests: how many products warpgroups have made so far.
 extern "C" __attribute__((visibility("default"))) uint64_t twotower_products() {
   return twotower::simt::emulated::machine.products;
+}
+
+// For tests: which kernel was launched last of those whose blocks run at once.
+extern "C" __attribute__((visibility("default"))) const void* twotower_coresident_kernel() {
+  return twotower::simt::emulated::machine.coresident_kernel;
 }
 
 // For conditions of breakpoints: where the running thread is.

@@ -202,6 +202,7 @@ struct Machine {
   uint64_t random = 1;
   std::string error;  // the first report; the kernel is abandoned
   uint64_t ldmatrix_conflicts = 0, products = 0;
+  const void* coresident_kernel = nullptr;  // the last whose blocks run at once
 };
 extern Machine machine;
 

@@ -1,0 +1,151 @@
+"""moe_experts on mma.sync, on the emulator and on a GPU: each of its tiles, prompts, the same bits always."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import emulation
+import pytest
+import torch
+from backends import Backend
+from moe_cases import check, experts, launched_kernel, popular, routed
+from moe_model import EXPERTS, MMA, REACHED, SHARED, SLOTS, F, bound, chosen, served, visits
+
+# One of the tiles each; the largest has two forms, by how much shared memory there is.
+TILES = pytest.mark.parametrize(
+    ("tokens", "k", "shared_kib"),
+    [(9, 2, 163), (67, 3, 163), (135, 3, 163), (135, 3, 99)],
+    ids=["few", "some", "many", "many in 99 KiB"],
+)
+
+
+@pytest.fixture(autouse=True)
+def mma_kernel(monkeypatch, poisoned_memory) -> None:
+    monkeypatch.setenv("TWOTOWER_MOE_KERNEL", "mma")
+
+
+def test_the_table_goes_from_few_tokens_to_many():
+    assert len(MMA) == 3
+    most = [tile.most for tile in MMA]
+    assert most == sorted(set(most))
+    assert most[-1] == math.inf, "the last row takes what is left"
+    assert all(a.tokens <= b.tokens and a.rows * a.tokens <= b.rows * b.tokens for a, b in itertools.pairwise(MMA))
+
+
+@pytest.mark.parametrize("as_on_traces", [False, True])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 128, 256, 512, 1024, 2048, 3072, 4096, 8192])
+def test_the_choice_is_good(tokens: int, as_on_traces: bool):
+    """By what bounds the published model on an H200, and the part of it that each tile has reached there, no other tile
+    would be faster by more than a quarter: how tokens are spread is not known to the choice."""
+    counts = visits(tokens, as_on_traces)
+    expected = {tile: bound(tile, counts).seconds / REACHED[tile.rows] for tile in MMA}
+    assert expected[chosen(MMA, served(tokens, SLOTS, EXPERTS, F, SHARED))] <= 1.25 * min(expected.values())
+
+
+@pytest.mark.emulated
+@pytest.mark.skipif(bool(emulation.missing(emulation.variant())), reason="no emulation here")
+def test_the_choice_is_made(monkeypatch):
+    """What runs is what `chosen` says, from few tokens to many."""
+    backend, found = Backend("cpu", emulation.POLICIES[0]), {}
+    arguments = experts(150, 8, 4, 8, 3, 8, False, torch.bfloat16)
+    for tokens in range(1, 151, 7):
+        backend.run("moe_experts", *(a[:tokens] for a in arguments[:3]), *arguments[3:])
+        found.setdefault(chosen(MMA, served(tokens, 3, 4, 8, 8)), set()).add(launched_kernel())
+    assert list(found) == MMA
+    assert all(len(kernels) == 1 for kernels in found.values())
+    assert len(set.union(*found.values())) == len(MMA)
+    monkeypatch.setenv("SIMT_SHARED_KIB", "99")  # more would be an error
+    backend.run("moe_experts", *arguments)
+    assert launched_kernel() not in set.union(*found.values())
+
+
+@TILES
+@pytest.mark.parametrize("gated", [False, True], ids=["relu2", "silu_gate"])
+@pytest.mark.parametrize(
+    ("width", "inner"),
+    [
+        (130, 72),  # no row aligned: every step is copied before its products
+        (64, 72),  # a step alone
+        (392, 328),  # steps whose copies may stand among the products of others, then one with fewer columns
+        (384, 320),
+    ],
+)
+def test_each_tile(width, inner, gated, tokens, k, shared_kib, backend: Backend, monkeypatch):
+    """A token's bits are its own: alone it takes the first tile."""
+    monkeypatch.setenv("SIMT_SHARED_KIB", str(shared_kib))
+    assert chosen(MMA, served(tokens, k, 4, inner, 24)) == MMA[{9: 0, 67: 1, 135: 2}[tokens]]
+    arguments = experts(tokens, width, 4, inner, k, 24, gated, torch.bfloat16)
+    many = check(backend, arguments, torch.bfloat16, gated)
+    activation = "silu_gate" if gated else "relu2"
+    alone = backend.run("moe_experts", *(a[7:8] for a in arguments[:3]), *arguments[3:], activation=activation)
+    assert torch.equal(alone, many[7:8])
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_both_tiles_agree_where_the_choice_changes(row: int, backend: Backend):
+    """One token more takes another tile; those before have the same bits."""
+    tokens = next(t for t in range(1, 1000) if served(t, 3, 4, 40, 24) > MMA[row].most)
+    assert served(tokens - 1, 3, 4, 40, 24) <= MMA[row].most
+    arguments = experts(tokens, 72, 4, 40, 3, 24, False, torch.bfloat16)
+    more = backend.run("moe_experts", *arguments)
+    fewer = backend.run("moe_experts", *(a[:-1] for a in arguments[:3]), *arguments[3:])
+    assert more.isfinite().all()
+    assert torch.equal(more[:-1], fewer)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "k", "width", "inner"),
+    [(128, 6, 24, 16), (500, 6, 328, 328), (1000, 6, 24, 16), (2048, 6, 24, 16), (8192, 2, 24, 16)],
+)
+def test_prompts(tokens: int, k: int, width: int, inner: int, backend: Backend):
+    """A few experts have most of the tokens, every second one has none."""
+    arguments = experts(tokens, width, 48, inner, k, 16, False, torch.bfloat16)
+    arguments[1] = popular(tokens, 48, k)
+    counts = arguments[1].flatten().bincount(minlength=48)
+    assert counts.max() > 0.4 * tokens
+    assert (counts == 0).sum() >= 24
+    y = check(backend, arguments, torch.bfloat16)
+    assert torch.equal(backend.run("moe_experts", *arguments), y)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 17, 40, 300])
+def test_one_expert_takes_all(tokens: int, backend: Backend):
+    """More tokens than a tile has, and experts without any before and behind."""
+    arguments = experts(tokens, 72, 9, 40, 1, 0, False, torch.bfloat16)
+    check(backend, routed(arguments, [[5]] * tokens), torch.bfloat16)
+
+
+def test_each_filling_of_a_tile(backend: Backend):
+    """Experts that fill a tile of the largest kind by every quarter, and one with more than its tokens."""
+    counts = [1, 8, 16, 17, 32, 33, 63, 64, 96, 97, 127, 128, 129, 140]
+    arguments = experts(sum(counts), 328, len(counts), 328, 1, 0, False, torch.bfloat16)
+    assert served(sum(counts), 1, len(counts), 328, 0) > MMA[1].most
+    ids = [e for e, count in enumerate(counts) for _ in range(count)]
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(1)).tolist()
+    check(backend, routed(arguments, [[ids[i]] for i in order]), torch.bfloat16)
+
+
+def test_the_order_of_tokens_does_not_matter(backend: Backend):
+    arguments = experts(21, 72, 8, 40, 3, 24, False, torch.bfloat16)
+    order = torch.randperm(21, generator=torch.Generator().manual_seed(0))
+    y = backend.run("moe_experts", *arguments)
+    assert torch.equal(backend.run("moe_experts", *(a[order] for a in arguments[:3]), *arguments[3:]), y[order])
+
+
+@pytest.mark.emulated
+@pytest.mark.skipif(bool(emulation.missing(emulation.variant())), reason="no emulation here")
+@TILES
+def test_the_same_bits_from_every_grid_and_schedule(tokens: int, k: int, shared_kib: int, monkeypatch):
+    monkeypatch.setenv("SIMT_SHARED_KIB", str(shared_kib))
+    arguments = experts(tokens, 328, 4, 200, k, 72, False, torch.bfloat16)
+    results = []
+    for blocks in (1, 2, 5):
+        monkeypatch.setenv("SIMT_BLOCKS", str(blocks))
+        for policy in emulation.POLICIES:
+            backend = Backend("cpu", policy)
+            for seed in (1, 2):
+                with backend.active(seed):
+                    results.append(backend.run("moe_experts", *arguments))
+    assert results[0].isfinite().all()
+    assert all(torch.equal(r, results[0]) for r in results)
