@@ -1,7 +1,7 @@
 // moe_route: router logits, sigmoid, choice of the k best experts of each token.
-#include <cmath>
-#include <numeric>
-#include <vector>
+#include <algorithm>
+#include <limits>
+#include <type_traits>
 
 #include "../dispatch.h"
 #include "../params.h"
@@ -13,65 +13,123 @@
 namespace twotower::cpu {
 namespace {
 
-constexpr int64_t kTokens = 256;  // tokens in flight: bounds the scratch memory
-constexpr int64_t kRows = 64;     // tokens of a work item: the router's rows are read once for all of them
-constexpr int64_t kExperts = 16;  // experts of a work item
+constexpr int64_t kFewest = 16, kMost = 66;  // tokens of a work item, for which the router's rows are read once
+constexpr int64_t kExperts = 16;             // experts of a part of it, where there is one item alone
 
-// The k best biased scores: ties go to the lowest id, NaN ranks below every number.
+// The k best of biased scores: ties go to the lowest id, NaN ranks below every number. A score is an integer that
+// orders like it, and the best is looked for k times over, each lane keeping the best of its experts.
 template <class A>
-void choose_experts(const A* scores, const A* bias, int64_t k, std::vector<int32_t>& order, std::vector<A>& biased) {
-  std::iota(order.begin(), order.end(), 0);
-  for (size_t e = 0; e < order.size(); ++e) biased[e] = scores[e] + bias[e];
-  const auto before = [&](int32_t i, int32_t j) {
-    const A a = biased[i], b = biased[j];
-    if (std::isnan(a) || std::isnan(b)) return std::isnan(a) == std::isnan(b) ? i < j : std::isnan(b);
-    return a != b ? a > b : i < j;
-  };
-  std::partial_sort(order.begin(), order.begin() + k, order.end(), before);
-  std::sort(order.begin(), order.begin() + k);
-}
+class Choice {
+  using Int = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  static constexpr int kWidth = kLanes<A>;
+  using Ints = typename VecOf<Int, kWidth>::type;
+  static constexpr Int kTaken = std::numeric_limits<Int>::min(), kNaN = kTaken + 1;  // below -infinity
+
+ public:
+  explicit Choice(const RouteParams& p)
+      : count_(p.E), vectors_((p.E + kWidth - 1) / kWidth), keys_(scratch<Int>(vectors_ * kWidth)) {}
+
+  // ids[0 .. k), in ascending order.
+  void best(const A* scores, const A* bias, int64_t k, int32_t* ids) {
+    for (int64_t v = 0; v < vectors_; ++v) {
+      const int64_t at = v * kWidth, count = std::min<int64_t>(kWidth, count_ - at);
+      if (count == kWidth)
+        put(v, key(load(scores + at) + load(bias + at)));
+      else
+        put_part(v, count, key(load_part(scores + at, count) + load_part(bias + at, count)));
+    }
+    for (int64_t s = 0; s < k; ++s) keys_[ids[s] = first_of_best()] = kTaken;
+    std::sort(ids, ids + k);
+  }
+
+ private:
+  static Ints key(Vec<A> number) {
+    number += A(0);  // of -0 makes 0
+    const Ints bits = (Ints)number, ordered = bits ^ ((bits >> (8 * sizeof(A) - 1)) & std::numeric_limits<Int>::max());
+    return number == number ? ordered : Ints{} + kNaN;
+  }
+  void put(int64_t v, Ints keys) { std::memcpy(keys_.get() + v * kWidth, &keys, sizeof keys); }
+  void put_part(int64_t v, int64_t count, Ints keys) {
+    for (int64_t i = count; i < kWidth; ++i) keys[i] = kTaken;
+    put(v, keys);
+  }
+  int32_t first_of_best() const {
+    Ints best = load_bits<Ints>(keys_.get()), where = {};
+    for (int64_t v = 1; v < vectors_; ++v) {
+      const Ints keys = load_bits<Ints>(keys_.get() + v * kWidth);
+      const Ints more = (Ints)(keys > best);
+      best = more ? keys : best;
+      where = more ? Ints{} + static_cast<Int>(v) : where;
+    }
+    int lane = 0;
+    for (int i = 1; i < kWidth; ++i)
+      if (best[i] > best[lane] || (best[i] == best[lane] && where[i] < where[lane])) lane = i;
+    return static_cast<int32_t>(where[lane] * kWidth + lane);
+  }
+
+  const int64_t count_, vectors_;
+  const Scratch<Int> keys_;
+};
 
 // Ids and weights of one token from its experts' scores.
 template <class A>
-void route_token(const RouteParams& p, int64_t t, const A* score, std::vector<int32_t>& order, std::vector<A>& biased) {
-  choose_experts(score, p.correction_bias.at<const A>(), p.k, order, biased);
+void route_token(const RouteParams& p, int64_t t, const A* score, Choice<A>& choice) {
   int32_t* ids = p.expert_ids.at<int32_t>(t);
   A* weights = p.expert_weights.at<A>(t);
+  choice.best(score, p.correction_bias.at<const A>(), p.k, ids);
   A sum = 0;
-  for (int64_t s = 0; s < p.k; ++s) sum += score[order[s]];
-  for (int64_t s = 0; s < p.k; ++s) {
-    ids[s] = order[s];
-    weights[s] = A(p.scaling) * score[order[s]] / (sum + A(1e-20));
-  }
+  for (int64_t s = 0; s < p.k; ++s) sum += score[ids[s]];
+  for (int64_t s = 0; s < p.k; ++s) weights[s] = A(p.scaling) * score[ids[s]] / (sum + A(1e-20));
 }
+
+// Some tokens, by a thread or, where there are no others, by all.
+template <class T>
+class Item {
+  using A = acc_t<T>;
+
+ public:
+  Item(const RouteParams& p, int64_t most)
+      : p_(p),
+        stride_(row_stride<A>(p.D)),
+        rows_(scratch<A>(most * stride_)),
+        scores_(scratch<A>(most * p.E)),
+        x_(scratch<const A*>(most)) {}
+
+  void run(int64_t first, int64_t tokens) {
+    parallel_for(tokens, kFewest, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        x_[t] = lay_row<A>(p_.x.at<const T>(first + t), p_.D, rows_.get() + t * stride_);
+    });
+    parallel_for((p_.E + kExperts - 1) / kExperts, 1, [&](int64_t begin, int64_t end) {
+      const int64_t e = begin * kExperts;
+      product_nt(x_.get(), tokens, p_.gate_weight.at<const A>(e), p_.gate_weight.stride[0],
+                 std::min(end * kExperts, p_.E) - e, p_.D, scores_.get() + e, p_.E);
+    });
+    parallel_for(tokens, kFewest, [&](int64_t begin, int64_t end) {
+      Choice<A> choice(p_);
+      for (int64_t t = begin; t < end; ++t) {
+        A* score = scores_.get() + t * p_.E;
+        transform(score, p_.E, [](Vec<A> v) { return vec_sigmoid(v); });
+        route_token(p_, first + t, score, choice);
+      }
+    });
+  }
+
+ private:
+  const RouteParams& p_;
+  const int64_t stride_;
+  const Scratch<A> rows_, scores_;
+  const Scratch<const A*> x_;
+};
 
 template <class T>
 void route(const RouteParams& p) {
-  using A = acc_t<T>;
-  const int64_t stride = row_stride<A>(p.D), tiles = (p.E + kExperts - 1) / kExperts;
-  const int64_t in_flight = std::min(p.T, kTokens);
-  const Scratch<A> rows = scratch<A>(in_flight * stride), scores = scratch<A>(in_flight * p.E);
-  const Scratch<const A*> x = scratch<const A*>(in_flight);
-  for (int64_t first = 0; first < p.T; first += kTokens) {
-    const int64_t tokens = std::min(kTokens, p.T - first);
-    for (int64_t t = 0; t < tokens; ++t) x[t] = lay_row<A>(p.x.at<const T>(first + t), p.D, rows.get() + t * stride);
-    parallel_for((tokens + kRows - 1) / kRows * tiles, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t t = i / tiles * kRows, e = i % tiles * kExperts;
-        product_nt(x.get() + t, std::min(kRows, tokens - t), p.gate_weight.at<const A>(e), p.gate_weight.stride[0],
-                   std::min(kExperts, p.E - e), p.D, scores.get() + t * p.E + e, p.E);
-      }
-    });
-    parallel_for(tokens, 8, [&](int64_t begin, int64_t end) {
-      std::vector<A> biased(p.E);
-      std::vector<int32_t> order(p.E);
-      for (int64_t t = begin; t < end; ++t) {
-        A* score = scores.get() + t * p.E;
-        transform(score, p.E, [](Vec<A> v) { return vec_sigmoid(v); });
-        route_token(p, first + t, score, order, biased);
-      }
-    });
-  }
+  const int64_t threads = num_threads(), rows = std::clamp((p.T + threads - 1) / threads, kFewest, kMost);
+  parallel_for((p.T + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
+    Item<T> item(p, rows);
+    for (int64_t first = begin * rows; first < std::min(end * rows, p.T); first += rows)
+      item.run(first, std::min(rows, p.T - first));
+  });
 }
 
 }  // namespace
