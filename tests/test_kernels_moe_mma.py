@@ -6,6 +6,7 @@ import itertools
 import math
 
 import emulation
+import moe_model
 import pytest
 import torch
 from backends import Backend
@@ -58,6 +59,11 @@ def test_the_choice_is_made(monkeypatch):
     monkeypatch.setenv("SIMT_SHARED_KIB", "99")  # more would be an error
     backend.run("moe_experts", *arguments)
     assert launched_kernel() not in set.union(*found.values())
+
+
+def test_the_document_has_the_tables_of_the_model():
+    found = moe_model.DOCUMENT.read_text(encoding="utf-8").partition(moe_model.BEGIN)[2].partition(moe_model.END)[0]
+    assert found.strip() == moe_model.text(), "run: python tests/moe_model.py --write"
 
 
 @TILES
