@@ -90,6 +90,13 @@ HOPPER_BACKENDS = _parameters(
     "hopper", 90, [pytest.mark.skipif(not _is_hopper(), reason="the GPU's architecture is not sm_90")]
 )
 EVERY_ARCHITECTURE = [*BACKENDS, *HOPPER_BACKENDS[:-1]]  # a GPU is what it is
+
+
+def some(backends: list) -> list:
+    """The first and the last policy of each, and the GPU: for tests of thousands of tokens."""
+    return [b for b in backends if b.values[0].policy in (None, emulation.POLICIES[0], emulation.POLICIES[-1])]
+
+
 KERNELS = [name for name, row in OPS.items() if row.cuda]
 
 

@@ -9,7 +9,7 @@ import emulation
 import moe_model
 import pytest
 import torch
-from backends import Backend
+from backends import BACKENDS, Backend, some
 from moe_cases import check, experts, launched_kernel, popular, routed
 from moe_model import EXPERTS, MMA, REACHED, SHARED, SLOTS, F, bound, chosen, served, visits
 
@@ -87,18 +87,25 @@ def test_each_tile(width, inner, gated, tokens, k, shared_kib, backend: Backend,
     assert torch.equal(alone, many[7:8])
 
 
-@pytest.mark.parametrize("row", [0, 1])
-def test_both_tiles_agree_where_the_choice_changes(row: int, backend: Backend):
+@pytest.mark.parametrize(
+    ("row", "dtype"),
+    [(0, torch.bfloat16), (1, torch.bfloat16), (0, torch.float16), (0, torch.float32)],  # others have the first two
+    ids=["bfloat16 at 8", "bfloat16 at 64", "float16 at 8", "float32 at 8"],
+)
+def test_both_tiles_agree_where_the_choice_changes(row: int, dtype: torch.dtype, backend: Backend):
     """One token more takes another tile; those before have the same bits."""
     tokens = next(t for t in range(1, 1000) if served(t, 3, 4, 40, 24) > MMA[row].most)
     assert served(tokens - 1, 3, 4, 40, 24) <= MMA[row].most
-    arguments = experts(tokens, 72, 4, 40, 3, 24, False, torch.bfloat16)
+    arguments = experts(tokens, 72, 4, 40, 3, 24, False, dtype)
     more = backend.run("moe_experts", *arguments)
+    kernel = launched_kernel() if backend.device == "cpu" else 0
     fewer = backend.run("moe_experts", *(a[:-1] for a in arguments[:3]), *arguments[3:])
     assert more.isfinite().all()
     assert torch.equal(more[:-1], fewer)
+    assert backend.device == "cuda" or launched_kernel() != kernel
 
 
+@pytest.mark.parametrize("backend", some(BACKENDS))
 @pytest.mark.parametrize(
     ("tokens", "k", "width", "inner"),
     [(128, 6, 24, 16), (500, 6, 264, 264), (1000, 6, 24, 16), (2048, 6, 24, 16), (8192, 2, 24, 16)],

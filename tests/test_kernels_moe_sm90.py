@@ -12,7 +12,7 @@ import math
 import emulation
 import pytest
 import torch
-from backends import HOPPER_BACKENDS, Backend
+from backends import HOPPER_BACKENDS, Backend, some
 from moe_cases import check, experts, launched_kernel, popular, routed
 from moe_model import EXPERTS, SHARED, SLOTS, STREAMED, F, bound, chosen, served, visits
 from torch import Tensor
@@ -193,7 +193,7 @@ def test_each_width_of_product(less: int, dtype: torch.dtype, backend: Backend):
     check(backend, routed(arguments, [[ids[i]] for i in order]), dtype)
 
 
-@every_hopper
+@pytest.mark.parametrize("backend", some(HOPPER_BACKENDS))
 @pytest.mark.parametrize(
     ("tokens", "k", "width", "inner"),
     [(128, 6, 24, 16), (500, 6, 264, 264), (1000, 6, 24, 16), (2048, 6, 24, 16), (8192, 2, 24, 16)],
@@ -210,7 +210,7 @@ def test_prompts(tokens: int, k: int, width: int, inner: int, backend: Backend):
         assert torch.equal(backend.run("moe_experts", *arguments), y)
 
 
-@every_hopper
+@pytest.mark.parametrize("backend", some(HOPPER_BACKENDS))
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 def test_two_passes(aligned: bool, backend: Backend):
     """More tokens than one pass holds, few for each of many experts."""

@@ -26,7 +26,8 @@ struct Tile {
 constexpr Tile kTensorTiles[] = {
     // Decoding: reading weights takes all the time. 24 KB are under way in a block, and 3 to 5 blocks (sm_120: 2) fit.
     {64, 16, 4, 1, 4, 8},
-    // Some hundred tokens: still the weights, but tokens come from L2 half as often in tiles of twice the rows.
+    // Some hundred tokens: still the weights, but tokens come from L2 half as often in tiles of twice the rows. With a
+    // fourth stage sm_80 would hold one block, not two.
     {128, 64, 4, 1, 3, 64},
     // Prefill: a warp's 48 x 64 asks little of shared memory, the block's 192 x 128 little of L2; 120 KB are under way.
     // Of the published widths 2688 is 14 tiles, 1856 and 3712 are 9.7 of 10 and 19.3 of 20; of 256 rows 1856 is 7.3
