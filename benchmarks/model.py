@@ -223,9 +223,9 @@ class _Bench:
             "peers": {},
             "missing": {},
         }
-        left_out = {None: CHUNKED_PEER, PROMPTS[0]: None}.get(rows, PEER)
         for name, peer in self.peers.items():
-            if name == left_out:
+            is_long = rows is not None and rows > PROMPTS[0]
+            if (name == CHUNKED_PEER and rows is None) or (name == PEER and is_long):
                 continue
             thunks = of_peer(peer)
             theirs = logits_of(peer) if logits_of else thunks[0]()

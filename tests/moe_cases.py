@@ -53,7 +53,7 @@ def popular(tokens: int, count: int, k: int) -> Tensor:
 
 
 def launched_kernel() -> int:
-    """The address of the last moe_experts kernel on the emulator: another one for each tile."""
+    """The address of the last kernel on the emulator whose blocks ran at once; moe_experts has one a tile."""
     address = ctypes.CDLL(str(emulation.library())).twotower_coresident_kernel
     address.restype = ctypes.c_void_p
     return address()

@@ -111,7 +111,7 @@ CASES = [(16, False), (16, True), (128, False), (128, True), (512, False), (512,
 
 
 def table(tiles: list[Tile]) -> str:
-    header = ("tokens", "a row of weights", "experts", "tile", "items", "waves", "memory", "L2", "products")
+    header = ("tokens", "a row of weights", "experts", "tile", "items", "an SM", "memory", "L2", "products")
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for tokens, traces in CASES:
         counts = visits(tokens, traces)

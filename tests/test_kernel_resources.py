@@ -179,7 +179,7 @@ def test_products_of_warpgroups_are_not_serialised():
 @pytest.mark.parametrize("architecture", CODES)
 def test_copies_are_started_among_products(architecture: str):
     """In the tile for prompts, so that tensor cores do not wait while all are issued: in the code of a whole step, 96
-    products without a branch, half of the copies stand behind at least a quarter of the products, in both products."""
+    products without a branch, four of ten copies stand behind at least a quarter of the products, in both products."""
     (kernel,) = [name for name in usages() if re.fullmatch(r"moe_experts_kernel<bf16, 192, 128, .*, 4>", name)]
     kinds = {"HMMA": "H", "LDGSTS": "C", "BRA": "|", "BAR": "|"}
     order = "".join(kinds.get(re.split(r"\W", text)[0], "") for text in kernel_resources.code(architecture)[kernel])

@@ -35,13 +35,13 @@ def test_the_table_goes_from_few_tokens_to_many():
 
 
 @pytest.mark.parametrize("as_on_traces", [False, True])
-@pytest.mark.parametrize("tokens", [1, 16, 64, 128, 256, 512, 1024, 2048, 3072, 4096, 8192])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 128, 144, 192, 256, 512, 1000, 1024, 2048, 3072, 4096, 8192])
 def test_the_choice_is_good(tokens: int, as_on_traces: bool):
     """By what bounds the published model on an H200, and the part of it that each tile has reached there, no other tile
-    would be faster by more than a quarter: how tokens are spread is not known to the choice."""
+    would be faster by more than 22 %: how tokens are spread is not known to the choice."""
     counts = visits(tokens, as_on_traces)
     expected = {tile: bound(tile, counts).seconds / REACHED[tile.rows] for tile in MMA}
-    assert expected[chosen(MMA, served(tokens, SLOTS, EXPERTS, F, SHARED))] <= 1.25 * min(expected.values())
+    assert expected[chosen(MMA, served(tokens, SLOTS, EXPERTS, F, SHARED))] <= 1.22 * min(expected.values())
 
 
 @pytest.mark.emulated

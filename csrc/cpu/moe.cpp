@@ -19,9 +19,7 @@ namespace {
 constexpr int64_t kPairs = 4096;  // (token, slot) pairs in flight: bounds the scratch memory
 constexpr int64_t kRows = 66;     // token rows that stay in the cache while a weight tile passes: whole register tiles
 constexpr int64_t kTile = 64;     // weight rows of one work item
-// Pieces of the items for a thread. Where weights take the time, long ones: what follows is asked of memory ahead.
-// Where products do, single items: an expert may have a hundred times the tokens of another.
-constexpr int kLongPieces = 4, kShortPieces = 64;
+constexpr int kPieces = 64;       // a thread's, of the items: an expert may have a hundred times the tokens of another
 
 // One expert and the rows that visit it.
 template <class T>
@@ -135,7 +133,7 @@ class Experts {
         [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) body(items_[i]);
         },
-        tokens_ <= kRows ? kLongPieces : kShortPieces);
+        kPieces);
   }
 
   // h = activation(up x), kept as the next product takes it; never in float16, which a square overflows easily.

@@ -13,8 +13,8 @@
 namespace twotower::cpu {
 namespace {
 
-constexpr int64_t kFewest = 16, kMost = 66;  // tokens of a work item, for which the router's rows are read once
-constexpr int64_t kExperts = 16;             // experts of a part of it, where there is one item alone
+constexpr int64_t kFewestTokens = 16, kMostTokens = 66;  // of a tile, for which a thread reads the router's rows once
+constexpr int64_t kExperts = 16;                         // of a part of the product
 
 // The k best of biased scores: ties go to the lowest id, NaN ranks below every number. A score is an integer that
 // orders like it, and the best is looked for k times over, each lane keeping the best of its experts.
@@ -44,7 +44,6 @@ class Choice {
 
  private:
   static Ints key(Vec<A> number) {
-    number += A(0);  // of -0 makes 0
     const Ints bits = (Ints)number, ordered = bits ^ ((bits >> (8 * sizeof(A) - 1)) & std::numeric_limits<Int>::max());
     return number == number ? ordered : Ints{} + kNaN;
   }
@@ -82,30 +81,34 @@ void route_token(const RouteParams& p, int64_t t, const A* score, Choice<A>& cho
   for (int64_t s = 0; s < p.k; ++s) weights[s] = A(p.scaling) * score[ids[s]] / (sum + A(1e-20));
 }
 
-// Some tokens, by a thread or, where there are no others, by all.
+// The memory for routing up to `most` tokens at once.
 template <class T>
-class Item {
+class Router {
   using A = acc_t<T>;
 
  public:
-  Item(const RouteParams& p, int64_t most)
+  Router(const RouteParams& p, int64_t most)
       : p_(p),
         stride_(row_stride<A>(p.D)),
         rows_(scratch<A>(most * stride_)),
         scores_(scratch<A>(most * p.E)),
         x_(scratch<const A*>(most)) {}
 
+  // Within a thread's piece of a parallel_for, by this thread alone.
   void run(int64_t first, int64_t tokens) {
-    parallel_for(tokens, kFewest, [&](int64_t begin, int64_t end) {
+    parallel_for(tokens, kFewestTokens, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
         x_[t] = lay_row<A>(p_.x.at<const T>(first + t), p_.D, rows_.get() + t * stride_);
     });
-    parallel_for((p_.E + kExperts - 1) / kExperts, 1, [&](int64_t begin, int64_t end) {
-      const int64_t e = begin * kExperts;
-      product_nt(x_.get(), tokens, p_.gate_weight.at<const A>(e), p_.gate_weight.stride[0],
-                 std::min(end * kExperts, p_.E) - e, p_.D, scores_.get() + e, p_.E);
+    const int64_t parts = (p_.E + kExperts - 1) / kExperts;
+    parallel_for((tokens + kMostTokens - 1) / kMostTokens * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = i / parts * kMostTokens, e = i % parts * kExperts;
+        product_nt(x_.get() + t, std::min(kMostTokens, tokens - t), p_.gate_weight.at<const A>(e),
+                   p_.gate_weight.stride[0], std::min(kExperts, p_.E - e), p_.D, scores_.get() + t * p_.E + e, p_.E);
+      }
     });
-    parallel_for(tokens, kFewest, [&](int64_t begin, int64_t end) {
+    parallel_for(tokens, kFewestTokens / 2, [&](int64_t begin, int64_t end) {
       Choice<A> choice(p_);
       for (int64_t t = begin; t < end; ++t) {
         A* score = scores_.get() + t * p_.E;
@@ -122,13 +125,18 @@ class Item {
   const Scratch<const A*> x_;
 };
 
+// Tiles of tokens of the same size, as many for each thread; too few tokens for that are routed by all threads
+// together.
 template <class T>
 void route(const RouteParams& p) {
-  const int64_t threads = num_threads(), rows = std::clamp((p.T + threads - 1) / threads, kFewest, kMost);
-  parallel_for((p.T + rows - 1) / rows, 1, [&](int64_t begin, int64_t end) {
-    Item<T> item(p, rows);
+  const auto share = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
+  const int64_t threads = num_threads(), rounds = std::max<int64_t>(share(p.T, threads * kMostTokens), 1);
+  const int64_t rows = share(p.T, threads * rounds);
+  if (rows < kFewestTokens) return Router<T>(p, p.T).run(0, p.T);
+  parallel_for(share(p.T, rows), 1, [&](int64_t begin, int64_t end) {
+    Router<T> router(p, rows);
     for (int64_t first = begin * rows; first < std::min(end * rows, p.T); first += rows)
-      item.run(first, std::min(rows, p.T - first));
+      router.run(first, std::min(rows, p.T - first));
   });
 }
 
