@@ -17,7 +17,7 @@ OUT ?= benchmarks/results
 BIN := .venv/bin
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TESTED_CPP := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-OP_TESTS := $(addprefix tests/test_,edges.py golden_commit.py golden_ops.py gradients.py library.py linear.py ops.py commit_parts.py rows.py sampling.py split.py)
+OP_TESTS := $(addprefix tests/test_,edges.py golden_commit.py golden_ops.py gradients.py library.py linear.py ops.py commit_parts.py route.py rows.py sampling.py split.py)
 PROGRESS := ^ *(\[[0-9]+/[0-9]+|-- CUDA kernels|Successfully installed)
 
 .PHONY: aarch64 bench demo emulate fuzz fuzz-checkpoint harden mutate sanitize test test-build test-isa lint format gpu clean
