@@ -67,3 +67,26 @@ def check(backend: Backend, arguments: list, dtype: torch.dtype, gated: bool = F
     assert actual.dtype == dtype
     assert compare(actual.double(), exact, tolerance) is None
     return actual
+
+
+PROMPTS = ((128, 6), (500, 6), (1000, 6), (2048, 6), (8192, 2))  # tokens, slots
+
+
+def check_prompt(backend: Backend, tokens: int, k: int) -> None:
+    """A few experts have most of the tokens, every second one has none; again the same bits."""
+    arguments = experts(tokens, 24, 48, 16, k, 16, False, torch.bfloat16)
+    arguments[1] = popular(tokens, 48, k)
+    counts = arguments[1].flatten().bincount(minlength=48)
+    assert counts.max() > 0.4 * tokens
+    assert (counts == 0).sum() >= 24
+    y = check(backend, arguments, torch.bfloat16)
+    if tokens == 1000:
+        assert torch.equal(backend.run("moe_experts", *arguments), y)
+
+
+def check_shares(backend: Backend, counts: list[int], width: int, inner: int, dtype: torch.dtype) -> None:
+    """Expert i has counts[i] tokens, which stand in any order."""
+    arguments = experts(sum(counts), width, len(counts), inner, 1, 0, False, dtype)
+    ids = [e for e, count in enumerate(counts) for _ in range(count)]
+    order = torch.randperm(len(ids), generator=generator(*counts)).tolist()
+    check(backend, routed(arguments, [[ids[i]] for i in order]), dtype)

@@ -10,7 +10,7 @@ import moe_model
 import pytest
 import torch
 from backends import BACKENDS, Backend, some
-from moe_cases import check, experts, launched_kernel, popular, routed
+from moe_cases import PROMPTS, check, check_prompt, check_shares, experts, launched_kernel
 from moe_model import EXPERTS, MMA, REACHED, SHARED, SLOTS, F, bound, chosen, served, visits
 
 # One of the tiles each; the largest has two forms, by how much shared memory there is.
@@ -106,37 +106,22 @@ def test_both_tiles_agree_where_the_choice_changes(row: int, dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("backend", some(BACKENDS))
-@pytest.mark.parametrize(
-    ("tokens", "k", "width", "inner"),
-    [(128, 6, 24, 16), (500, 6, 24, 16), (1000, 6, 24, 16), (2048, 6, 24, 16), (8192, 2, 24, 16)],
-)
-def test_prompts(tokens: int, k: int, width: int, inner: int, backend: Backend):
-    """A few experts have most of the tokens, every second one has none."""
-    arguments = experts(tokens, width, 48, inner, k, 16, False, torch.bfloat16)
-    arguments[1] = popular(tokens, 48, k)
-    counts = arguments[1].flatten().bincount(minlength=48)
-    assert counts.max() > 0.4 * tokens
-    assert (counts == 0).sum() >= 24
-    y = check(backend, arguments, torch.bfloat16)
-    if tokens == 1000:
-        assert torch.equal(backend.run("moe_experts", *arguments), y)
+@pytest.mark.parametrize(("tokens", "k"), PROMPTS)
+def test_prompts(tokens: int, k: int, backend: Backend):
+    check_prompt(backend, tokens, k)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 17, 40, 300])
 def test_one_expert_takes_all(tokens: int, backend: Backend):
     """More tokens than a tile has, and experts without any before and behind."""
-    arguments = experts(tokens, 72, 9, 40, 1, 0, False, torch.bfloat16)
-    check(backend, routed(arguments, [[5]] * tokens), torch.bfloat16)
+    check_shares(backend, [0] * 5 + [tokens] + [0] * 3, 72, 40, torch.bfloat16)
 
 
 def test_each_filling_of_a_tile(backend: Backend):
     """Experts that fill a tile of the largest kind by every quarter, and one with more than its tokens."""
     counts = [1, 8, 16, 17, 32, 33, 63, 64, 96, 97, 127, 128, 129, 140]
-    arguments = experts(sum(counts), 264, len(counts), 264, 1, 0, False, torch.bfloat16)
     assert served(sum(counts), 1, len(counts), 264, 0) > MMA[1].most
-    ids = [e for e, count in enumerate(counts) for _ in range(count)]
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(1)).tolist()
-    check(backend, routed(arguments, [[ids[i]] for i in order]), torch.bfloat16)
+    check_shares(backend, counts, 264, 264, torch.bfloat16)
 
 
 def test_the_order_of_tokens_does_not_matter(backend: Backend):

@@ -13,7 +13,7 @@ import emulation
 import pytest
 import torch
 from backends import HOPPER_BACKENDS, Backend, some
-from moe_cases import check, experts, launched_kernel, popular, routed
+from moe_cases import PROMPTS, check, check_prompt, check_shares, experts, launched_kernel, routed
 from moe_model import EXPERTS, SHARED, SLOTS, STREAMED, F, bound, chosen, served, visits
 from torch import Tensor
 
@@ -92,8 +92,7 @@ def test_no_tokens(backend: Backend):
 @pytest.mark.parametrize("tokens", [1, 8, 17, 40, 300])
 def test_one_expert_takes_all(tokens: int, dtype: torch.dtype, backend: Backend):
     """More tokens than a tile has, and experts without any before and behind."""
-    arguments = experts(tokens, 72, 9, 40, 1, 0, False, dtype)
-    check(backend, routed(arguments, [[5]] * tokens), dtype)
+    check_shares(backend, [0] * 5 + [tokens] + [0] * 3, 72, 40, dtype)
 
 
 @every_hopper
@@ -187,27 +186,13 @@ WIDTHS = (8, 16, *range(32, 257, 32))
 def test_each_width_of_product(less: int, dtype: torch.dtype, backend: Backend):
     """An expert for each number of columns that a product can have, and one with more than a tile's tokens."""
     counts = [width - less for width in (*WIDTHS, 263)]
-    arguments = experts(sum(counts), 72, len(counts), 40, 1, 0, False, dtype)
-    ids = [e for e, count in enumerate(counts) for _ in range(count)]
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(less)).tolist()
-    check(backend, routed(arguments, [[ids[i]] for i in order]), dtype)
+    check_shares(backend, counts, 72, 40, dtype)
 
 
 @pytest.mark.parametrize("backend", some(HOPPER_BACKENDS))
-@pytest.mark.parametrize(
-    ("tokens", "k", "width", "inner"),
-    [(128, 6, 24, 16), (500, 6, 72, 72), (1000, 6, 24, 16), (2048, 6, 24, 16), (8192, 2, 24, 16)],
-)
-def test_prompts(tokens: int, k: int, width: int, inner: int, backend: Backend):
-    """A few experts have most of the tokens, every second one has none."""
-    arguments = experts(tokens, width, 48, inner, k, 16, False, torch.bfloat16)
-    arguments[1] = popular(tokens, 48, k)
-    counts = arguments[1].flatten().bincount(minlength=48)
-    assert counts.max() > 0.4 * tokens
-    assert (counts == 0).sum() >= 24
-    y = check(backend, arguments, torch.bfloat16)
-    if tokens == 1000:
-        assert torch.equal(backend.run("moe_experts", *arguments), y)
+@pytest.mark.parametrize(("tokens", "k"), PROMPTS)
+def test_prompts(tokens: int, k: int, backend: Backend):
+    check_prompt(backend, tokens, k)
 
 
 @pytest.mark.parametrize("backend", some(HOPPER_BACKENDS))
