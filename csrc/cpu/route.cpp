@@ -16,8 +16,9 @@ namespace {
 constexpr int64_t kFewestTokens = 16, kMostTokens = 66;  // of a tile, for which a thread reads the router's rows once
 constexpr int64_t kExperts = 16;                         // of a part of the product
 
-// The k best of biased scores: ties go to the lowest id, NaN ranks below every number. A score is an integer that
-// orders like it, and the best is looked for k times over, each lane keeping the best of its experts.
+// The k best of biased scores: ties go to the lowest id, NaN ranks below every number. A biased score, which is never
+// -0, as no score is, becomes an integer that orders like it; the best is looked for k times over, each lane keeping
+// the best of its experts.
 template <class A>
 class Choice {
   using Int = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
