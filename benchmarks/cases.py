@@ -15,6 +15,7 @@ from twotower_ext.registry import OPS
 from .ceilings import name_of
 from .dimensions import Dimensions
 from .inputs import GPU_CASES, INPUTS, Draw, Numbers, distinct_tensors
+from .routed import Routed, routed_draws
 
 WORKING_BYTES = 2**30
 """Room for results and for what references and peers allocate, beyond a float32 copy of the head's matrix."""
@@ -60,7 +61,10 @@ def cases(
         if op not in INPUTS:
             raise ValueError(f"op {op} has no benchmark case")
         for dtype in dtypes:
-            for name, draw in INPUTS[op](dimensions, shape_name).items():
+            draws = INPUTS[op](dimensions, shape_name)
+            if op == "moe_experts":
+                draws |= routed_draws(dimensions, draws)
+            for name, draw in draws.items():
                 if name in GPU_CASES and backend != "cuda":
                     continue
                 key = f"{op}/{shape_name}/{name_of(dtype)}/{name}"
@@ -81,15 +85,26 @@ def _maker(op: str, dtype: torch.dtype, draw: Draw) -> Callable[[str], Inputs]:
     def make(device: str) -> Inputs:
         samples = draw(Numbers(device, dtype))
         row = OPS[op]
-        moved = [row.bytes(sample, _result_shapes(op, sample)) for sample in samples]
+        moved = [row.bytes(sample, _result_shapes(op, sample)) + _router(sample)[1] for sample in samples]
         held = sum(t.numel() * t.element_size() for t in distinct_tensors(samples))
         notes: dict[str, Any] = {"sets": len(samples), "sets_mib": round(held / 2**20)}
         if op == "moe_experts":
             distinct = [sample.args[1].unique().numel() for sample in samples]
             notes["distinct_experts"] = round(sum(distinct) / len(distinct), 1)
-        return Inputs(samples, sum(map(row.flops, samples)) // len(samples), sum(moved) // len(moved), notes)
+        flops = [row.flops(sample) + _router(sample)[0] for sample in samples]
+        return Inputs(samples, sum(flops) // len(flops), sum(moved) // len(moved), notes)
 
     return make
+
+
+def _router(sample: Sample) -> tuple[int, int]:
+    """What a router adds to the experts' flops and bytes: x is read once, and what it chooses need not reach memory."""
+    if not isinstance(sample, Routed):
+        return 0, 0
+    added, saved = (
+        sum(t.numel() * t.element_size() for t in tensors) for tensors in (sample.route.args[1:3], sample.args[1:3])
+    )
+    return OPS["moe_route"].flops(sample.route), added - saved
 
 
 def _result_shapes(op: str, sample: Sample) -> Any:

@@ -359,7 +359,8 @@ def _lm_head_commit(d: Dimensions, shape_name: str) -> dict[str, Draw]:
     return {f"rows{d.block}": draw}
 
 
-GPU_CASES = ("T1024", "T8192", "T2048-traces")  # of any op: too long for a run on a CPU, or one too many
+# Of any op: too long for a run on a CPU, or one too many.
+GPU_CASES = ("T1024", "T8192", "T2048-traces", "T1024-routed", "T8192-routed")
 INPUTS: dict[str, Callable[[Dimensions, str], dict[str, Draw]]] = {
     "rms_norm": _rms_norm,
     "gated_group_rms_norm": _gated_group_rms_norm,

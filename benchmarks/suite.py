@@ -19,6 +19,7 @@ from .cases import Case, Inputs, memory_needed
 from .ceilings import name_of
 from .peers import Peer
 from .roofline import Machine
+from .routed import after_router
 
 OWN_SHARE = 0.25  # of a case's time; the rest is its peers'
 LEAST_SECONDS = 0.5  # that a call is timed for where there is time
@@ -124,7 +125,7 @@ def _time_op(own: Sequence[Callable[[], Any]], device: str, effort: Effort, seco
 
 def _call(op: str, sample: Sample) -> Callable[[], Any]:
     function = OPS[op].op
-    return lambda: function(*sample.args, **sample.kwargs)
+    return after_router(lambda: function(*sample.args, **sample.kwargs), OPS["moe_route"].op, sample)
 
 
 def _against(

@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-from twotower_ext.benchmarks import inputs, model, peers, results
+from twotower_ext.benchmarks import inputs, model, peers, results, suite
 from twotower_ext.benchmarks.cases import Case, Inputs, cases, memory_needed
 from twotower_ext.benchmarks.dimensions import MID, REAL, Dimensions
 from twotower_ext.benchmarks.peers.moe import without_hopper
 from twotower_ext.benchmarks.peers.publisher_model import PublisherModel
 from twotower_ext.benchmarks.peers.scan import chunked_scan
 
-from twotower_ext import reference
+from twotower_ext import ops, reference
 from twotower_ext.registry import OPS
 
 TINY = Dimensions(
@@ -61,13 +62,15 @@ def test_every_op_has_cases_under_stable_keys(dimensions, shape):
         assert results.KEY.fullmatch(case.key)
         op, named, dtype, _ = case.key.split("/")
         assert (op, named, dtype) == (case.op, shape, str(case.dtype).removeprefix("torch."))
-    routed = {"T1", "T16", "T128", "T512", "T2048", "T16-traces", "T128-traces", "T512-traces"}
-    needed = {"moe_experts": routed, "mamba_block": {"rows16", "rows1-update"}}
+    plain, routed = {"T1", "T16", "T128", "T512", "T2048"}, {"T512-routed", "T2048-routed"}
+    traces = {"T16-traces", "T128-traces", "T512-traces"}
+    needed = {"moe_experts": plain | traces | routed, "mamba_block": {"rows16", "rows1-update"}}
     for op, names in needed.items():
         assert {case.key.split("/")[3] for case in found if case.op == op} == names
     on_gpus = {case.key for case in cases(dimensions, shape, DTYPES, backend="cuda")} - set(keys)
     on_gpus = {(key.split("/")[0], key.split("/")[3]) for key in on_gpus}
-    assert on_gpus == {("moe_route", "T8192"), *(("moe_experts", t) for t in ("T1024", "T8192", "T2048-traces"))}
+    many = ("T1024", "T8192", "T2048-traces", "T1024-routed", "T8192-routed")
+    assert on_gpus == {("moe_route", "T8192"), *(("moe_experts", case) for case in many)}
 
 
 def test_an_op_that_is_unknown_or_has_no_inputs_is_an_error(monkeypatch):
@@ -129,6 +132,41 @@ def test_expert_ids_are_new_distinct_and_counted(key):
     assert found.notes["distinct_experts"] == round(sum(counts) / len(counts), 1)
     if len(found.samples[0].args[1]) == 1:
         assert len({tuple(sample.args[1][0].tolist()) for sample in found.samples}) > 4
+
+
+def test_a_routed_case_times_the_router_as_well(monkeypatch):
+    case, found = made("moe_experts/custom/float32/T512-routed")
+    plain = made("moe_experts/custom/float32/T512")[1]
+    sample = found.samples[0]
+    x, gate, bias, top_k, scaling = sample.route.args
+    assert x is sample.args[0]
+    ids, weights = reference.moe_route(x, gate, bias, top_k, scaling)
+    assert torch.equal(ids, sample.args[1])
+    torch.testing.assert_close(weights, sample.args[2])
+    assert len(set(ids.flatten().tolist())) == TINY.experts
+    assert found.flops == plain.flops + 2 * 512 * TINY.hidden * TINY.experts
+    router = 4 * (TINY.hidden * TINY.experts + TINY.experts) - 512 * TINY.top_k * 8
+    assert found.bytes == plain.bytes + router
+
+    calls = []
+
+    def recorded(name, function):
+        return lambda *args, **kwargs: calls.append(name) or function(*args, **kwargs)
+
+    for name in ("moe_route", "moe_experts"):
+        monkeypatch.setattr(ops, name, recorded(name, getattr(ops, name)))
+    for peer in (peers.moe.ExpertLoop(), peers.moe.GroupedMM()):
+        timed = peer.prepare(case, sample)
+        assert not calls
+        assert peer.disagreement(case, run(case, sample), timed()) is None
+        with pytest.raises(AttributeError):  # of the router, which gets a text
+            peer.prepare(case, replace(sample, route=replace(sample.route, args=("x",) * 5)))()
+        calls.clear()
+    suite._call("moe_experts", sample)()
+    assert calls == ["moe_route", "moe_experts"]
+    calls.clear()
+    suite._call("moe_experts", plain.samples[0])()
+    assert calls == ["moe_experts"]
 
 
 def test_routing_as_on_traces():

@@ -15,6 +15,7 @@ from twotower_ext._samples import Sample
 
 from ..cases import Case
 from .base import Peer, call
+from .moe import experts_call
 from .scan import mamba_block
 
 
@@ -76,6 +77,6 @@ class TritonMoE(Peer):
     def prepare(self, case: Case, sample: Sample) -> Callable[[], Any]:
         from .triton_moe import fused_moe
 
-        timed = call(fused_moe, sample)
+        timed = experts_call(fused_moe, sample)
         timed()  # compiles, and chooses tiles
         return timed

@@ -15,7 +15,9 @@ from twotower_ext import build_info, ops
 from twotower_ext._samples import Sample
 
 from ..cases import Case
+from ..routed import after_router
 from .base import Peer, call
+from .eager import moe_route
 
 
 def _activate(hidden: Tensor, activation: str) -> Tensor:
@@ -81,6 +83,13 @@ def grouped_products(
     return y
 
 
+def experts_call(
+    function: Callable[..., Any], sample: Sample, router: Callable[..., Any] = moe_route
+) -> Callable[[], Any]:
+    """The function on a sample, to be timed; after a router where the op is timed after its own."""
+    return after_router(call(function, sample), router, sample)
+
+
 class ExpertLoop(Peer):
     """What the publisher's path does, restricted to experts that are used."""
 
@@ -88,7 +97,7 @@ class ExpertLoop(Peer):
     ops = ("moe_experts",)
 
     def prepare(self, case: Case, sample: Sample) -> Callable[[], Any]:
-        return call(expert_loop, sample)
+        return experts_call(expert_loop, sample)
 
 
 def without_hopper(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -121,7 +130,7 @@ class MmaKernel(Peer):
         return super().supports(case) and case.dtype in (torch.bfloat16, torch.float16)
 
     def prepare(self, case: Case, sample: Sample) -> Callable[[], Any]:
-        return without_hopper(call(ops.moe_experts, sample))
+        return without_hopper(experts_call(ops.moe_experts, sample, ops.moe_route))
 
 
 class CutlassMoE(Peer):
@@ -145,7 +154,7 @@ class CutlassMoE(Peer):
         return super().supports(case) and case.dtype == torch.bfloat16
 
     def prepare(self, case: Case, sample: Sample) -> Callable[[], Any]:
-        return call(partial(ops.moe_experts, implementation="cutlass"), sample)
+        return experts_call(partial(ops.moe_experts, implementation="cutlass"), sample, ops.moe_route)
 
 
 class GroupedMM(Peer):
@@ -159,4 +168,4 @@ class GroupedMM(Peer):
         return super().supports(case) and case.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
     def prepare(self, case: Case, sample: Sample) -> Callable[[], Any]:
-        return call(grouped_products, sample)
+        return experts_call(grouped_products, sample)
