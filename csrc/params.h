@@ -91,17 +91,15 @@ struct ScanParams {
 struct MambaBlockParams {
   DType dtype;
   double eps;
-  int64_t B, L, H, P, G, N, K;
+  int64_t B, L, H, P, G, N;
   Rows<2> zxbcdt;             // T [b, l, z: h*p | x: h*p | B: g*n | C: g*n | dt: h]
-  Rows<1> conv_weight;        // T [h*p + 2*g*n, k]
-  Rows<0> conv_bias;          // T [h*p + 2*g*n]; optional
+  ConvParams conv;            // of x, B and C: c = h*p + 2*g*n; no y; final_state only with update_state
   Rows<0> A_log, D, dt_bias;  // A [h]
   Rows<0> norm_weight;        // T [h*p]
-  Rows<2> conv_state;         // T [b, h*p + 2*g*n, k]; optional
   Rows<3> ssm_state;          // A [b, h, p, n]; optional
   Rows<2> out;                // T [b, l, h*p]
-  Rows<2> new_conv_state;     // T; only with update_state
   Rows<3> new_ssm_state;      // A; only with update_state
+  void* workspace = nullptr;
 };
 
 constexpr int64_t kMambaBackwardRows = 16;  // at most
@@ -155,6 +153,7 @@ struct AttentionParams {
   Rows<3> context_k, context_v;  // T [b, hkv, t, d]; optional
   Rows<0> context_lengths;       // int32 [b]; optional: T for every row
   Rows<3> out;                   // T [b, hq, l, d]
+  void* workspace = nullptr;
 };
 
 struct AttentionBackwardParams {
@@ -237,12 +236,19 @@ int use_device(int index);
 void require_supported_device(const char* op);
 // Launchers enqueue on the stream and never allocate or synchronise; a failed launch throws std::runtime_error.
 void rms_norm(const RmsNormParams&, void* stream);
+void gated_group_rms_norm(const GatedNormParams&, void* stream);
+void causal_conv1d(const ConvParams&, void* stream);
+void ssd_scan(const ScanParams&, void* stream);
+void mamba_block(const MambaBlockParams&, void* stream);
+int64_t mamba_block_workspace(const MambaBlockParams&);
 void moe_route(const RouteParams&, void* stream);
 int64_t moe_route_workspace(const RouteParams&);
 void moe_experts(const ExpertsParams&, void* stream);
 int64_t moe_experts_workspace(const ExpertsParams&);
 void moe_experts_cutlass(const ExpertsParams&, void* stream);  // only in builds with TWOTOWER_CUTLASS
 int64_t moe_experts_cutlass_workspace(const ExpertsParams&);
+void attention(const AttentionParams&, void* stream);
+int64_t attention_workspace(const AttentionParams&);
 void denoise_commit(const CommitParams&, void* stream);
 int64_t denoise_commit_workspace(const CommitParams&);
 }  // namespace cuda

@@ -13,6 +13,12 @@ inline const char* dtype_name(DType t) {
   return names[static_cast<int>(t)];
 }
 
+// Bytes of an element.
+inline int64_t size_of(DType t) {
+  constexpr int64_t sizes[] = {4, 8, 2, 2, 4, 8, 1};
+  return sizes[static_cast<int>(t)];
+}
+
 inline bool is_floating(DType t) {
   return t <= DType::f16;
 }

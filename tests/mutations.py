@@ -162,7 +162,7 @@ MOE = (
     *planted(
         "kernels/moe_products.cuh", "moe_experts", "kernels kernels_moe kernels_large", "moe_experts",
         ("negative numbers are squared, too", "v < 0.f ? 0.f : v * v;", "v * v;"),
-        ("gate and value are exchanged", "gate / (1.f + expf(-gate)) * value", "value / (1.f + expf(-value)) * gate"),
+        ("gate and value are exchanged", "silu(gate) * value", "silu(value) * gate"),
         ("the wait for an expert misses one item", "this->up_weight_tiles(item.expert) * this->token_tiles(item.expert))", "this->up_weight_tiles(item.expert) * this->token_tiles(item.expert) - 1)"),
         ("the wait for all misses one item", "(pass.tiles[p.E] + this->token_tiles(this->shared_expert())));", "(pass.tiles[p.E] + this->token_tiles(this->shared_expert())) - 1);"),
         ("an expert's last tile of tokens is full", "left < Traits::kTokens ? left : Traits::kTokens;", "Traits::kTokens;"),

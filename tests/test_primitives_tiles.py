@@ -48,6 +48,18 @@ def test_ldmatrix(backend: Backend, count: int):
 
 
 @every_backend
+def test_ldmatrix_transposed(backend: Backend):
+    rows = words(32, 4)
+    out = run(backend, "ldmatrix_transposed", torch.cat([rows.flatten(), shuffled(32)]), words(WARP, 4, seed=2))
+    elements = rows.view(torch.int16).view(4, 8, 8)  # matrix, row, column
+    for lane in range(WARP):
+        for i in range(4):
+            row, column = 2 * (lane % 4), lane // 4
+            found = out[lane, i : i + 1].view(torch.int16)
+            assert found.tolist() == elements[i, row : row + 2, column].tolist()
+
+
+@every_backend
 def test_stmatrix_transposed(backend: Backend):
     matrices, order = words(WARP, 2), shuffled(16)
     out = run(backend, "stmatrix_transposed", torch.cat([matrices.flatten(), order]), words(16, 4, seed=2))

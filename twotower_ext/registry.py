@@ -157,22 +157,22 @@ _ROWS = (
     OpRow(
         "gated_group_rms_norm", "norm", "Mamba-2's output norm: SiLU gate, then RMS norm a group",
         _samples.gated_group_rms_norm, batched=("y", "z"),
-        flops=lambda s: 8 * s.args[0].numel(),
+        flops=lambda s: 8 * s.args[0].numel(), cuda=True,
     ),
     OpRow(
         "causal_conv1d", "conv", "depthwise causal convolution with carried state",
         _samples.causal_conv1d, batched=("x", "initial_state"),
-        flops=lambda s: 2 * s.args[0].numel() * s.args[1].shape[1],
+        flops=lambda s: 2 * s.args[0].numel() * s.args[1].shape[1], cuda=True,
     ),
     OpRow(
         "ssd_scan", "ssd", "Mamba-2 scan of any length, with or without an initial state",
         _samples.ssd_scan, batched=("x", "dt", "B", "C", "initial_state"),
-        flops=lambda s: _scan_flops(1, s.args[0].numel(), s.args[3].shape[3]),
+        flops=lambda s: _scan_flops(1, s.args[0].numel(), s.args[3].shape[3]), cuda=True,
     ),
     OpRow(
         "mamba_block", "ssd", "a whole Mamba-2 mixer between its projections: conv, scan, gated norm",
         _samples.mamba_block, batched=("zxbcdt", "conv_state", "ssm_state"),
-        flops=_mamba_flops,
+        flops=_mamba_flops, cuda=True,
     ),
     OpRow(
         "moe_route", "moe", "sigmoid router with correction bias, top-k, renormalised weights",
@@ -187,12 +187,12 @@ _ROWS = (
     OpRow(
         "block_attention", "attention", "attention of a block over a cached context and itself",
         _samples.block_attention, batched=("q", "k", "v", "context_k", "context_v", "context_lengths"),
-        flops=_attention_flops,
+        flops=_attention_flops, cuda=True,
     ),
     OpRow(
         "two_stream_attention", "attention", "attention under the block-diffusion training mask",
         _samples.two_stream_attention, batched=("q", "context_k", "context_v", "k", "v"),
-        flops=_two_stream_flops,
+        flops=_two_stream_flops, cuda=True,
     ),
     OpRow(
         "denoise_commit", "commit", "one mask-diffusion step: predict, sample, threshold, commit",

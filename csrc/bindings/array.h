@@ -15,11 +15,6 @@ namespace twotower {
 
 namespace py = pybind11;
 
-inline int64_t size_of(DType t) {
-  constexpr int64_t sizes[] = {4, 8, 2, 2, 4, 8, 1};
-  return sizes[static_cast<int>(t)];
-}
-
 inline dlpack::Type dlpack_type(DType t) {
   using namespace dlpack;
   constexpr uint8_t codes[] = {kFloat, kFloat, kBfloat, kFloat, kInt, kInt, kBool};

@@ -164,25 +164,5 @@ class Conv {
   int64_t channel_ = 0, channels_ = 0;
 };
 
-// The convolution within mamba_block.
-template <class T>
-ConvParams conv_of_block(const MambaBlockParams& p, ConvActivation activation) {
-  const int64_t d_inner = p.H * p.P;
-  ConvParams conv{.dtype = p.dtype,
-                  .activation = activation,
-                  .B = p.B,
-                  .L = p.L,
-                  .C = d_inner + 2 * p.G * p.N,
-                  .K = p.K,
-                  .x = p.zxbcdt,
-                  .weight = p.conv_weight,
-                  .bias = p.conv_bias,
-                  .initial_state = p.conv_state,
-                  .y = {},
-                  .final_state = p.new_conv_state};
-  if (conv.x) conv.x.data = static_cast<T*>(conv.x.data) + d_inner;  // of no rows at all there is no address
-  return conv;
-}
-
 }  // namespace
 }  // namespace twotower::cpu

@@ -116,10 +116,10 @@ class Mixer {
   using A = acc_t<T>;
 
  public:
-  Mixer(const MambaBlockParams& p, const ConvParams& conv)
+  explicit Mixer(const MambaBlockParams& p)
       : p_(p),
         ld_(p.H / p.G * p.P + kChunk),
-        conv_(conv),
+        conv_(p.conv),
         chunk_(p.N),
         x_(zeros<A>(kChunk * ld_)),
         y_(scratch<A>(kChunk * ld_)),
@@ -188,18 +188,17 @@ template <class T>
 void mamba(const MambaBlockParams& p) {
   using A = acc_t<T>;
   const int64_t d_inner = p.H * p.P, heads = p.H / p.G;
-  const ConvParams conv = conv_of_block<T>(p, ConvActivation::silu);
   const int64_t grain = kScanWork / ((p.L + 1) * p.P * (p.N + 1));
   if (p.B * p.G >= num_threads()) {
     parallel_for(p.B * p.G, grain / heads, [&](int64_t begin, int64_t end) {
-      Mixer<T> mixer(p, conv);
+      Mixer<T> mixer(p);
       for (int64_t i = begin; i < end; ++i) mixer.group(i / p.G, i % p.G);
     });
     return;
   }
   const auto y = scratch<A>(p.B * p.L * d_inner);
   parallel_for(p.B * p.H, grain, [&](int64_t begin, int64_t end) {
-    Mixer<T> mixer(p, conv);
+    Mixer<T> mixer(p);
     for_runs(begin, end, heads, [&](int64_t group, int64_t first, int64_t last) {
       mixer.heads(group / p.G, group % p.G, first, last, y.get());
     });

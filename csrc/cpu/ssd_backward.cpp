@@ -32,6 +32,11 @@ struct Decays {
   Pairs<A> between;          // L_ts, s <= t; else 0
 };
 
+ConvParams without_activation(ConvParams conv) {
+  conv.activation = ConvActivation::none;
+  return conv;
+}
+
 // Runs work items.
 template <class T>
 class MambaGradient {
@@ -43,7 +48,7 @@ class MambaGradient {
         out_(params),
         heads_(p_.H / p_.G),
         d_inner_(p_.H * p_.P),
-        conv_params_(conv_of_block<T>(p_, ConvActivation::none)),
+        conv_params_(without_activation(p_.conv)),
         conv_(conv_params_),
         raw_x_(heads_ * p_.P),
         raw_keys_(p_.N),
@@ -238,13 +243,13 @@ class MambaGradient {
   // Through the activation and the convolution of channels [first, first + count), from the derivative `by` by the
   // activated rows.
   void convolution(int64_t b, int64_t first, int64_t count, const Block<A>& raw, Block<A>& by) {
-    const int64_t K = p_.K;
+    const int64_t K = p_.conv.K;
     Block<A> weight(count, K), past(count, K);
     for (int64_t c = 0; c < count; ++c) {
-      const T* const taps = p_.conv_weight.template at<const T>(first + c);
+      const T* const taps = p_.conv.weight.template at<const T>(first + c);
       for (int64_t k = 0; k < K; ++k) weight.row(k)[c] = A(taps[k]);
-      if (!p_.conv_state) continue;
-      const T* const rows = p_.conv_state.template at<const T>(b, first + c);
+      if (!p_.conv.initial_state) continue;
+      const T* const rows = p_.conv.initial_state.template at<const T>(b, first + c);
       for (int64_t k = 0; k < K; ++k) past.row(k)[c] = A(rows[k]);
     }
     A* const by_weight = out_.by_conv.template at<A>(b, 0) + first;
@@ -261,8 +266,8 @@ class MambaGradient {
         Vec<A> sum = {};
         for (int64_t t = 0; t < p_.L; ++t) {
           const int64_t l = t - (K - 1) + k;
-          const Vec<A> x = l < 0 ? load(past.row(K + l) + i)
-                                 : lanes.load(p_.zxbcdt.template at<const T>(b, l) + d_inner_ + first + i);
+          const Vec<A> x =
+              l < 0 ? load(past.row(K + l) + i) : lanes.load(p_.conv.x.template at<const T>(b, l) + first + i);
           sum = multiply_add(load(by.row(t) + i), x, sum);
         }
         lanes.store(by_weight + k * tap + i, sum);

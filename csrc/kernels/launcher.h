@@ -35,4 +35,7 @@ bool aligned(const Rows<N>& rows) {
   return ok;
 }
 
+// The last launch of mamba_block, of norm.cu: gated_group_rms_norm of a float32 y.
+void gated_norm_of_block(const GatedNormParams& p, void* stream);
+
 }  // namespace twotower::cuda

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "activation.cuh"
 #include "moe_pass.cuh"
 
 namespace twotower::kernels {
@@ -22,7 +23,7 @@ __device__ inline float relu2(float v) {
   return v < 0.f ? 0.f : v * v;
 }
 __device__ inline float silu_gate(float gate, float value) {
-  return gate / (1.f + expf(-gate)) * value;
+  return silu(gate) * value;
 }
 
 // --- what both have in common ----------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 // rms_norm on the GPU: one block a row. The gated residual and the modulation ride along, so that a layer's whole
-// elementwise tail is one pass over memory; the second pass over the row hits the caches.
+// elementwise tail is one pass over memory; the second pass over the row hits the caches. And gated_group_rms_norm: a
+// warp a group of a row.
 #pragma once
 
 #include "../params.h"
 #include "../simt/tile.h"
+#include "activation.cuh"
 
 namespace twotower::kernels {
 
@@ -72,6 +74,55 @@ __global__ void __launch_bounds__(Traits::kThreads) rms_norm_kernel(const RmsNor
     typename Traits::Vector out;
     for (int j = 0; j < kVector; ++j) out.at[j] = T(v[j]);
     simt::store(p.normed.at<T>(b, l) + i, out);
+  }
+}
+
+// --- gated_group_rms_norm --------------------------------------------------------------------------------------------
+
+// Y: the type that y is stored in, T or float (within mamba_block).
+template <class T_, class Y_, int kVector_>
+struct GatedNormTraits {
+  using T = T_;
+  using Y = Y_;
+  static constexpr int kVector = kVector_;
+  static constexpr int kWarps = 4;  // a block's, each with a group of its own
+  static constexpr int kThreads = kWarps * simt::kWarp;
+  static_assert(kVector * sizeof(T) <= 16, "one access moves at most 16 bytes");
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads) gated_norm_kernel(const GatedNormParams p) {
+  using T = typename Traits::T;
+  using Y = typename Traits::Y;
+  constexpr int kVector = Traits::kVector;
+  const int64_t groups = p.D / p.group_size;
+  const int64_t item = simt::block_index() * Traits::kWarps + simt::warp();
+  if (item >= p.B * p.L * groups) return;  // the whole warp
+  const int64_t b = item / groups / p.L, l = item / groups % p.L, start = item % groups * p.group_size;
+  const Y* y = p.y.at<const Y>(b, l) + start;
+  const T* z = p.z.at<const T>(b, l) + start;
+  const auto gated = [&](int64_t i, float (&v)[kVector]) {
+    const auto value = simt::load<Y, kVector>(y + i);
+    const auto gate = simt::load<T, kVector>(z + i);
+    for (int j = 0; j < kVector; ++j) v[j] = float(value.at[j]) * silu(float(gate.at[j]));
+  };
+
+  const int64_t first = int64_t{simt::lane()} * kVector, step = simt::kWarp * kVector;
+  float squares = 0;
+  for (int64_t i = first; i < p.group_size; i += step) {
+    float v[kVector];
+    gated(i, v);
+    for (int j = 0; j < kVector; ++j) squares += v[j] * v[j];
+  }
+  const float inverse = simt::rsqrt(simt::warp_sum(squares) / float(p.group_size) + float(p.eps));
+
+  for (int64_t i = first; i < p.group_size; i += step) {
+    const auto weight = simt::load<T, kVector>(p.weight.at<const T>() + start + i);
+    float v[kVector];
+    gated(i, v);
+    simt::Vector<T, kVector> out;
+    for (int j = 0; j < kVector; ++j) out.at[j] = T(float(weight.at[j]) * (v[j] * inverse));
+    simt::store(p.out.at<T>(b, l) + start + i, out);
   }
 }
 

@@ -75,7 +75,8 @@ void block_attention(Face& face, View q, View k, View v, View context_k, View co
   const TensorView out = face.output(0, q.dtype, q.device, {p.B, p.Hq, p.L, p.d});
   if (out.numel() == 0) return;
   p.out = rows<3>(out);
-  launch(check, face, p, cpu::kernels().attention, nullptr);
+  launch(check, face, p, cpu::kernels().attention, TWOTOWER_CUDA(cuda::attention),
+         TWOTOWER_CUDA(cuda::attention_workspace));
 }
 
 void block_attention_backward(Face& face, View grad, View q, View k, View v, View context_k, View context_v,
@@ -124,7 +125,8 @@ void two_stream_attention(Face& face, View q, View context_k, View context_v, Vi
                           .context_v = rows<3>(context_v),
                           .context_lengths = {},
                           .out = rows<3>(out)};
-  launch(check, face, p, cpu::kernels().attention, nullptr);
+  launch(check, face, p, cpu::kernels().attention, TWOTOWER_CUDA(cuda::attention),
+         TWOTOWER_CUDA(cuda::attention_workspace));
 }
 
 }  // namespace twotower::ops

@@ -29,7 +29,7 @@ void causal_conv1d(Face& face, View x, View weight, View bias, View initial_stat
                      .initial_state = rows<2>(initial_state),
                      .y = rows<2>(y),
                      .final_state = rows<2>(final_state)};
-  launch(check, face, p, cpu::kernels().causal_conv1d, nullptr);
+  launch(check, face, p, cpu::kernels().causal_conv1d, TWOTOWER_CUDA(cuda::causal_conv1d));
 }
 
 }  // namespace twotower::ops

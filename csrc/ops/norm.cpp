@@ -70,7 +70,7 @@ void gated_group_rms_norm(Face& face, View y, View z, View weight, int64_t group
                           .z = rows<2>(z),
                           .weight = rows<0>(weight),
                           .out = rows<2>(out)};
-  launch(check, face, p, cpu::kernels().gated_group_rms_norm, nullptr);
+  launch(check, face, p, cpu::kernels().gated_group_rms_norm, TWOTOWER_CUDA(cuda::gated_group_rms_norm));
 }
 
 }  // namespace twotower::ops

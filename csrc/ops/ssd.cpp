@@ -50,7 +50,7 @@ void ssd_scan(Face& face, View x, View dt, View A_log, View Bm, View Cm, View D,
                      .y = rows<3>(y),
                      .final_state = rows<3>(final_state),
                      .states = rows<4>(states)};
-  launch(check, face, p, cpu::kernels().ssd_scan, nullptr);
+  launch(check, face, p, cpu::kernels().ssd_scan, TWOTOWER_CUDA(cuda::ssd_scan));
 }
 
 namespace {
@@ -85,6 +85,8 @@ MambaBlockParams check_mamba_block(const Check& check, View zxbcdt, View conv_we
   if (ssm_state) check.accumulator("ssm_state", ssm_state, {&B, &H, &P, &N});
   check.require(eps >= 0, "eps", "be a non-negative number", eps);
 
+  Rows<2> x = rows<2>(zxbcdt);
+  x.data = static_cast<char*>(x.data) + d_inner * size_of(zxbcdt.dtype);
   return {.dtype = zxbcdt.dtype,
           .eps = eps,
           .B = B,
@@ -93,18 +95,25 @@ MambaBlockParams check_mamba_block(const Check& check, View zxbcdt, View conv_we
           .P = P,
           .G = groups,
           .N = N,
-          .K = K,
           .zxbcdt = rows<2>(zxbcdt),
-          .conv_weight = rows<1>(conv_weight),
-          .conv_bias = rows<0>(conv_bias),
+          .conv = {.dtype = zxbcdt.dtype,
+                   .activation = ConvActivation::silu,
+                   .B = B,
+                   .L = L,
+                   .C = conv_dim,
+                   .K = K,
+                   .x = x,
+                   .weight = rows<1>(conv_weight),
+                   .bias = rows<0>(conv_bias),
+                   .initial_state = rows<2>(conv_state),
+                   .y = {},
+                   .final_state = {}},
           .A_log = rows<0>(A_log),
           .D = rows<0>(D),
           .dt_bias = rows<0>(dt_bias),
           .norm_weight = rows<0>(norm_weight),
-          .conv_state = rows<2>(conv_state),
           .ssm_state = rows<3>(ssm_state),
           .out = {},
-          .new_conv_state = {},
           .new_ssm_state = {}};
 }
 
@@ -118,11 +127,12 @@ void mamba_block(Face& face, View zxbcdt, View conv_weight, View conv_bias, View
                                          conv_state, ssm_state, heads, groups, state_size, eps);
   p.out = rows<2>(face.output(0, p.dtype, zxbcdt.device, {p.B, p.L, p.H * p.P}));
   if (update_state) {
-    p.new_conv_state = rows<2>(face.output(1, p.dtype, zxbcdt.device, {p.B, conv_weight.shape[0], p.K}));
+    p.conv.final_state = rows<2>(face.output(1, p.dtype, zxbcdt.device, {p.B, p.conv.C, p.conv.K}));
     p.new_ssm_state = rows<3>(face.output(2, acc_dtype(p.dtype), zxbcdt.device, {p.B, p.H, p.P, p.N}));
   }
   if (p.B == 0 || (p.L == 0 && !update_state)) return;
-  launch(check, face, p, cpu::kernels().mamba_block, nullptr);
+  launch(check, face, p, cpu::kernels().mamba_block, TWOTOWER_CUDA(cuda::mamba_block),
+         TWOTOWER_CUDA(cuda::mamba_block_workspace));
 }
 
 void mamba_block_backward(Face& face, View grad, View zxbcdt, View conv_weight, View conv_bias, View A_log, View D,
@@ -142,7 +152,7 @@ void mamba_block_backward(Face& face, View grad, View zxbcdt, View conv_weight, 
   check.require(block.L <= kMambaBackwardRows, "zxbcdt", "have at most 16 rows for this gradient", block.L);
   const DType acc = acc_dtype(block.dtype);
   p.by_zxbcdt = rows<2>(face.output(0, block.dtype, zxbcdt.device, {block.B, block.L, zxbcdt.shape[2]}));
-  p.by_conv = rows<2>(face.output(1, acc, zxbcdt.device, {block.B, block.K + 1, conv_weight.shape[0]}));
+  p.by_conv = rows<2>(face.output(1, acc, zxbcdt.device, {block.B, block.conv.K + 1, block.conv.C}));
   p.by_heads = rows<2>(face.output(2, acc, zxbcdt.device, {block.B, 3, block.H}));
   p.by_norm = rows<1>(face.output(3, acc, zxbcdt.device, {block.B, block.H * block.P}));
   if (block.B == 0) return;

@@ -180,6 +180,14 @@ __device__ inline void ldmatrix(uint32_t (&matrix)[2], uint32_t row) {
                : "memory");
 }
 
+// The same for four matrices, transposed: matrix[i] of lane l receives column l / 4, rows 2 (l % 4) and the next.
+__device__ inline void ldmatrix_transposed(uint32_t (&matrix)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(row)
+               : "memory");
+}
+
 // Stores two 8x8 matrices, transposed: lane 8 i + r (i = 0, 1) gives the address of row r of the stored matrix i;
 // matrix[i] of lane l goes to rows 2 (l % 4) and the next, column l / 4.
 __device__ inline void stmatrix_transposed(uint32_t row, const uint32_t (&matrix)[2]) {

@@ -64,6 +64,7 @@ void copy_async(uint32_t shared, const void* global, int bytes);
 void copy_commit();
 void copy_wait(int pending);
 void load_matrices(uint32_t* matrices, int count, uint32_t row);
+void load_matrices_transposed(uint32_t* matrices, uint32_t row);
 void store_matrices_transposed(uint32_t row, const uint32_t* matrices, int count);
 void multiply_bfloat16(float* d, const uint32_t* a, const uint32_t* b);
 void multiply_float16(float* d, const uint32_t* a, const uint32_t* b);
@@ -230,6 +231,9 @@ template <int kCount>
 SIMT_WRAPPER void ldmatrix(uint32_t (&matrix)[kCount], uint32_t row) {
   static_assert(kCount == 2 || kCount == 4);
   emulated::load_matrices(matrix, kCount, row);
+}
+SIMT_WRAPPER void ldmatrix_transposed(uint32_t (&matrix)[4], uint32_t row) {
+  emulated::load_matrices_transposed(matrix, row);
 }
 SIMT_WRAPPER void stmatrix_transposed(uint32_t row, const uint32_t (&matrix)[2]) {
   emulated::store_matrices_transposed(row, matrix, 2);

@@ -20,8 +20,7 @@ namespace {
 using namespace twotower;
 
 int64_t bytes_of(const TensorView& v) {
-  constexpr int64_t sizes[] = {4, 8, 2, 2, 4, 8, 1};
-  return v.numel() * sizes[static_cast<int>(v.dtype)];
+  return v.numel() * size_of(v.dtype);
 }
 
 struct Tensor {

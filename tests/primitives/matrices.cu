@@ -21,6 +21,17 @@ __global__ void ldmatrix(const uint32_t* in, uint32_t* out, int64_t) {
   for (int i = 0; i < N; ++i) out[N * lane + i] = matrix[i];
 }
 
+// As ldmatrix<4>.
+__global__ void ldmatrix_transposed(const uint32_t* in, uint32_t* out, int64_t) {
+  SIMT_SHARED(Row, rows, 32);
+  const int lane = simt::lane();
+  rows[in[128 + lane]] = simt::load<uint32_t, 4>(in + 4 * lane);
+  simt::warp_sync();
+  uint32_t matrix[4];
+  simt::ldmatrix_transposed(matrix, simt::shared_address(rows + in[128 + lane]));
+  for (int i = 0; i < 4; ++i) out[4 * lane + i] = matrix[i];
+}
+
 // in: matrix[0] and matrix[1] of each lane; then at which of the 16 rows in shared memory each row shall lie. out:
 // those 16 rows of shared memory.
 __global__ void stmatrix_transposed(const uint32_t* in, uint32_t* out, int64_t) {
@@ -46,6 +57,7 @@ __global__ void mma(const uint32_t* in, uint32_t* out, int64_t n) {
 constexpr Entry kEntries[] = {
     {"ldmatrix_4", ldmatrix<4>, 1, simt::kWarp},
     {"ldmatrix_2", ldmatrix<2>, 1, simt::kWarp},
+    {"ldmatrix_transposed", ldmatrix_transposed, 1, simt::kWarp},
     {"stmatrix_transposed", stmatrix_transposed, 1, simt::kWarp},
     {"mma_bfloat16", mma<simt::bfloat16>, 1, simt::kWarp},
     {"mma_float16", mma<simt::float16>, 1, simt::kWarp},

@@ -37,6 +37,16 @@ void load_body(Collective& call) {
   }
 }
 
+void load_transposed_body(Collective& call) {
+  for (int m = 0; m < 4; ++m) {
+    count_conflicts(call, m);
+    for (int l = 0; l < kWarp; ++l) {
+      std::byte* to = static_cast<std::byte*>(call.out[l]) + 4 * m;
+      for (int i = 0; i < 2; ++i) std::memcpy(to + 2 * i, row_of(call, m, 2 * (l % 4) + i) + 2 * (l / 4), 2);
+    }
+  }
+}
+
 template <int kCount>
 void store_transposed_body(Collective& call) {
   for (int m = 0; m < kCount; ++m) {
@@ -92,6 +102,13 @@ void load_matrices(uint32_t* matrices, int count, uint32_t row) {
   std::byte* at = arena.checked(row, kRow, kRow, "ldmatrix");
   if (machine.running->lane() < 8 * count) note_access(at, kRow, Access::read, PC);
   meet_in_collective("ldmatrix", count == 4 ? load_body<4> : load_body<2>, nullptr, matrices, row, PC);
+}
+
+void load_matrices_transposed(uint32_t* matrices, uint32_t row) {
+  const Arena& arena = machine.running->block->arena;
+  std::byte* at = arena.checked(row, kRow, kRow, "ldmatrix_transposed");
+  note_access(at, kRow, Access::read, PC);
+  meet_in_collective("ldmatrix_transposed", load_transposed_body, nullptr, matrices, row, PC);
 }
 
 void store_matrices_transposed(uint32_t row, const uint32_t* matrices, int count) {
