@@ -183,6 +183,7 @@ struct HeadCommitParams {
   Rows<2> hidden;       // T [b, l, d]
   Rows<1> weight;       // T [v, d]
   CommitParams commit;  // logits absent, top_k 0, top_p 1
+  void* workspace = nullptr;
 };
 
 struct LinearParams {
@@ -251,6 +252,8 @@ void attention(const AttentionParams&, void* stream);
 int64_t attention_workspace(const AttentionParams&);
 void denoise_commit(const CommitParams&, void* stream);
 int64_t denoise_commit_workspace(const CommitParams&);
+void lm_head_commit(const HeadCommitParams&, void* stream);
+int64_t lm_head_commit_workspace(const HeadCommitParams&);
 }  // namespace cuda
 
 }  // namespace twotower

@@ -84,7 +84,9 @@ def shifted(t: Tensor) -> Tensor:
     return longer[1:].view(t.shape)
 
 
-REFUSED_STRIDED = {("moe_experts", weight) for weight in ("up", "down", "shared_up", "shared_down")}
+REFUSED_STRIDED = {("moe_experts", weight) for weight in ("up", "down", "shared_up", "shared_down")} | {
+    ("lm_head_commit", "weight")
+}
 
 
 @every_kernel

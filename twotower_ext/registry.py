@@ -202,7 +202,7 @@ _ROWS = (
     OpRow(
         "lm_head_commit", "commit", "the same fused with the language-model head: no logits in memory",
         _samples.lm_head_commit, batched=("hidden", "block", "step", "seed", "offset"),
-        flops=lambda s: 2 * _rows(s) * s.args[1].numel(), differentiable=False,
+        flops=lambda s: 2 * _rows(s) * s.args[1].numel(), differentiable=False, cuda=True,
     ),
 )  # fmt: skip
 

@@ -25,10 +25,11 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // What the scan of one part found out, the mask token left out.
 struct Partial {
-  uint64_t best;    // ranked largest logit
-  uint64_t choice;  // ranked largest logit / temperature + noise
-  double sum;       // of exp(logit - largest); NaN where a logit is
-  bool bad;         // a logit is NaN or +inf
+  uint64_t best;                          // ranked largest logit
+  uint64_t choice;                        // ranked largest logit / temperature + noise
+  double sum;                             // of exp(logit - largest); NaN where a logit is
+  bool bad;                               // a logit is NaN or +inf
+  float choice_logit = -simt::kInfinity;  // the logit of the choice, where none are stored (head_commit.cuh)
 };
 
 constexpr uint64_t kNone = uint64_t{0x007fffff} << 32;  // ranked(-inf, the last id): below every finite number's rank
@@ -195,6 +196,14 @@ __device__ inline Prediction merge_parts(const Partial* parts, int64_t count) {
   return all;
 }
 
+// The logit of the best of the parts' choices, where the scans have kept them. Collective: one warp.
+__device__ inline float logit_of(uint64_t choice, const Partial* parts, int64_t count) {
+  float logit = -simt::kInfinity;
+  for (int64_t i = simt::lane(); i < count; i += simt::kWarp)
+    if (parts[i].choice == choice) logit = parts[i].choice_logit;
+  return simt::warp_reduce(logit, [](float a, float b) { return fmaxf(a, b); });
+}
+
 // Predicts every masked position of row b, one warp each: confidence (NaN: its logits decide nothing; +inf: not masked)
 // and new_block, as if all predictions were committed.
 template <class T, int kThreads>
@@ -204,11 +213,15 @@ __device__ void predict_row(const CommitParams& p, int64_t b, int64_t parts) {
     float confidence = simt::kInfinity;
     if (token == p.mask_token_id) {
       confidence = kNaN;
-      const Prediction all = merge_parts(partials(p, b * p.L + l, parts), parts);
+      const Partial* scans = partials(p, b * p.L + l, parts);
+      const Prediction all = merge_parts(scans, parts);
       if (all.usable()) {
         const bool sampled = number_of(all.choice) > -simt::kInfinity;  // no score left: greedy
         token = id_of(sampled ? all.choice : all.best);
-        confidence = all.confidence(sampled ? float(p.logits.at<const T>(b, l)[token]) : number_of(all.best));
+        const float logit = !sampled   ? number_of(all.best)
+                            : p.logits ? float(p.logits.at<const T>(b, l)[token])
+                                       : logit_of(all.choice, scans, parts);
+        confidence = all.confidence(logit);
       }
     }
     if (simt::lane() == 0) {

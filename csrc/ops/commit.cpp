@@ -99,7 +99,8 @@ void lm_head_commit(Face& face, View hidden, View weight, View block, View step,
   const CommitParams commit = commit_params(check, face, B, L, V, block, step, seed, offset, settings);
   if (B == 0) return;
   const HeadCommitParams p{.D = D, .hidden = rows<2>(hidden), .weight = rows<1>(weight), .commit = commit};
-  launch(check, face, p, cpu::kernels().lm_head_commit, nullptr);
+  launch(check, face, p, cpu::kernels().lm_head_commit, TWOTOWER_CUDA(cuda::lm_head_commit),
+         TWOTOWER_CUDA(cuda::lm_head_commit_workspace));
 }
 
 }  // namespace twotower::ops
