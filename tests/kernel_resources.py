@@ -91,7 +91,7 @@ def shorten(demangled: str) -> str:
     name = re.sub(r"\b\w+::", "", name)
     for long, short in DTYPES.items():
         name = re.sub(rf"\b{long}\b", short, name)
-    name = re.sub(r"<(\w+Traits)<([^<>]*)>", r"<\2", name)
+    name = re.sub(r"<(\w+Traits)<((?:[^<>]|<[^<>]*>)*)>", r"<\2", name)
     return re.sub(r"\s+>", ">", name)
 
 

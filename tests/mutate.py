@@ -19,7 +19,8 @@ from pathlib import Path
 
 import emulation
 import evidence_file
-from mutations import MUTATIONS, Mutation
+from mutation import Mutation
+from mutations import MUTATIONS
 
 ROOT = emulation.ROOT
 TREE = ROOT / "build" / "mutants"

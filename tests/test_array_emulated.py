@@ -43,8 +43,11 @@ def bits(t: Tensor) -> np.ndarray:
 
 
 def is_equal(made: Any, expected: Any) -> bool:
-    """Whether results, Arrays or what was given as `out`, have the bits of tensors."""
+    """Whether results, Arrays or what was given as `out`, have the bits of tensors; None stands for None."""
     made, expected = (r if isinstance(r, tuple) else (r,) for r in (made, expected))
+    if [m is None for m in made] != [e is None for e in expected]:
+        return False
+    made, expected = ([r for r in results if r is not None] for results in (made, expected))
     values = [m.values if isinstance(m, Made) else contents(m) for m in made]
     return all(
         v.dtype == bits(e).dtype and v.shape == tuple(e.shape) and v.tobytes() == bits(e).tobytes()
@@ -70,19 +73,22 @@ def test_results_that_nobody_brought(name: str, dtype: torch.dtype, index: int):
         expected = row.op(*sample.args, **sample.kwargs)
     results = call(name, sample.args, sample.kwargs, dtype="bfloat16" if dtype == torch.bfloat16 else None)
     made = results[:1] if name == "rms_norm" and sample.kwargs.get("delta") is None else results  # h is x itself
-    assert all(a.__dlpack_device__() == ON_GPU for a in (made if isinstance(made, tuple) else (made,)))
+    present = [a for a in (made if isinstance(made, tuple) else (made,)) if a is not None]
+    assert present
+    assert all(a.__dlpack_device__() == ON_GPU for a in present)
     assert is_equal(made, expected[:1] if made is not results else expected)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_workspace_bytes_are_asked_without_a_launch(name: str, monkeypatch: pytest.MonkeyPatch):
-    """Also of an op that wants none: there is no memory for results, so that a kernel must not run."""
+    """Also of an op that wants none (of attention, with a short context): there is no memory for results, so that a
+    kernel must not run."""
     sample = OPS[name].samples("cpu", torch.bfloat16)[0]
     monkeypatch.setenv("SIMT_SCHEDULE", "none")  # a launch would be an error
     with pytest.raises(ValueError, match="SIMT_SCHEDULE must be one of"):
         call(name, sample.args, sample.kwargs, dtype="bfloat16")
     found = call("workspace_bytes", (name, *sample.args), sample.kwargs, dtype="bfloat16")
-    assert found == 0 if name == "rms_norm" else found > 0
+    assert (found > 0) == (name.startswith(("mamba", "moe")) or name.endswith("commit"))
 
 
 def test_what_is_brought_is_used():

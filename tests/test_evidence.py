@@ -120,6 +120,27 @@ def test_a_gpu_speaks_of_the_sources_that_it_ran(folder):
     assert _evidence.evidence(OP, folder) == "L4-correct"
 
 
+def test_a_gpu_says_nothing_of_kernels_that_came_later(folder):
+    """Tests that passed there were of something else, for instance of the error that told of it."""
+    gpu(folder, "NVIDIA H200", sources={"moe_route": "0"})
+    assert _evidence.evidence(OP, folder) == "compiled"
+
+
+def test_what_is_included_is_part_of_the_sources(tmp_path):
+    kernels = tmp_path / "csrc" / "kernels"
+    kernels.mkdir(parents=True)
+    for name, included in (("head_commit.cuh", "commit.cuh"), ("commit.cuh", "rank.cuh"), ("rank.cuh", "none.h")):
+        (kernels / name).write_text(f'#include "{included}"\n#include "../params.h"\n')
+    ops = ("denoise_commit", "lm_head_commit")
+    before = [_evidence.sources(op, tmp_path) for op in ops]
+    (kernels / "rank.cuh").write_text("changed")
+    after = [_evidence.sources(op, tmp_path) for op in ops]
+    assert all(a != b for a, b in zip(before, after, strict=True))
+    (kernels / "head_commit.cuh").write_text("changed")
+    assert _evidence.sources("lm_head_commit", tmp_path) != after[1]
+    assert _evidence.sources("denoise_commit", tmp_path) == after[0]
+
+
 def test_files_that_are_not_committed_do_not_count(folder):
     gpu(folder, "NVIDIA H200", name="local-gpu.json")
     assert _evidence.evidence(OP, folder) == "compiled"

@@ -33,6 +33,17 @@ CLAIMS = {
     r"moe_experts_kernel<bf16, .*>": "HMMA.16816.F32.BF16 LDSM.M88.4 LDGSTS.BYPASS.128 ATOMG.ADD",
     r"moe_experts_kernel<f16, .*>": "HMMA.16816.F32 LDSM.M88.4 LDGSTS.BYPASS.128 ATOMG.ADD",
     r"moe_experts_kernel<f32, .*>": "FFMA LDGSTS.BYPASS.128 ATOMG.ADD",
+    r"gated_norm_kernel<(bf16|f16), \w+, 8>": "LDG.128 STG.128 SHFL.BFLY",
+    r"gated_norm_kernel<f32, \w+, 4>": "LDG.128 STG.128 SHFL.BFLY",
+    r"conv_kernel<.*>": "LDG STG FFMA MUFU.EX2",
+    # The state by 16 bytes, what rows share from shared memory, sums over teams of lanes.
+    r"scan_kernel<.*>": "LDG.128 STG.128 LDS.128 FFMA SHFL.BFLY SHFL.IDX MUFU.EX2",
+    r"attention_kernel<bf16, .*>": "HMMA.16816.F32.BF16 LDSM.M88.4 LDSM.MT88.4 LDGSTS.BYPASS.128 MUFU.EX2",
+    r"attention_kernel<f16, .*>": "HMMA.16816.F32 LDSM.M88.4 LDSM.MT88.4 LDGSTS.BYPASS.128 MUFU.EX2",
+    r"attention_kernel<f32, .*>": "FFMA LDGSTS.BYPASS.128 MUFU.EX2",
+    r"head_logits_kernel<bf16, .*>": "HMMA.16816.F32.BF16 LDSM.M88.4 LDGSTS.BYPASS.128 MUFU.EX2",
+    r"head_logits_kernel<f16, .*>": "HMMA.16816.F32 LDSM.M88.4 LDGSTS.BYPASS.128 MUFU.EX2",
+    r"head_logits_kernel<f32, .*>": "FFMA LDGSTS.BYPASS.128 MUFU.EX2",
     r"commit_scan_kernel<((bf16|f16), 8|f32, 4), .*>": "LDG.128 SHFL.BFLY",
     r"commit_filter_kernel<((bf16|f16), 8|f32, 4), .*>": "LDG.128 ATOMS SHFL.UP",
 }
@@ -49,7 +60,9 @@ CLAIMS_OF = {
     }
 }
 # What must not be there: float32 stays float32.
-FORBIDDEN = {r"(moe_experts_kernel<f32, |router_logits_kernel<|commit_|rms_norm_).*": "HMMA"}
+FORBIDDEN = {
+    r"((moe_experts|attention|head_logits)_kernel<f32, |router_logits_kernel<|commit_|rms_norm_|scan_).*": "HMMA"
+}
 
 
 def holds(code: frozenset[str], wanted: str) -> bool:

@@ -72,8 +72,15 @@ def test_heads_that_share_keys(heads: int, kv: int, dtype: torch.dtype, backend:
     check(backend, "block_attention", block(dtype, 2, heads, kv, 9, 20, 16), causal=True)
 
 
-# More than 256 keys are read in parts, which are put together.
-PARTS = (257, 511, 512, 513, 5000)
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+@on_some
+def test_any_scale(scale: float, backend: Backend):
+    """Also one that turns the order of scores around: what is hidden stays hidden."""
+    check(backend, "block_attention", block(torch.float32, 1, 2, 1, 19, 40, 16), causal=True, scale=scale)
+
+
+# More than 256 keys are read in parts, which are put together; more than 4,096 in 16 longer ones.
+PARTS = (257, 511, 512, 513, 4097, 5000)
 
 
 @every_dtype
@@ -81,12 +88,20 @@ PARTS = (257, 511, 512, 513, 5000)
 @on_some
 def test_a_context_in_parts(context: int, dtype: torch.dtype, backend: Backend):
     arguments = block(dtype, 1, 2, 1, 5, context, 24)
-    whole = check(backend, "block_attention", arguments)
-    # Room that is not used changes no bit, and is not read, as long as it asks for parts of the same size.
-    if context < 4096:
-        roomy = [torch.cat([a, torch.full_like(a[:, :, :1], torch.nan).repeat(1, 1, 100, 1)], 2) for a in arguments[3:]]
-        lengths = torch.tensor([context], dtype=torch.int32)
-        assert torch.equal(backend.run("block_attention", *arguments[:3], *roomy, lengths), whole)
+    check(backend, "block_attention", arguments)
+
+
+@pytest.mark.parametrize("context", [0, 100, 256, 257, 700, 4090])
+@on_some
+def test_room_that_is_not_used_changes_no_bit(context: int, backend: Backend):
+    """A row has the same bits alone as beside one whose context is longer; what is behind its own is not read."""
+    arguments = block(torch.float32, 1, 2, 1, 5, context, 24)
+    alone = check(backend, "block_attention", arguments if context else arguments[:3])
+    lengths = torch.tensor([context], dtype=torch.int32)
+    for room in (255, 300, 5000):
+        behind = torch.full((1, 1, max(room - context, 0), 24), torch.nan)
+        roomy = [torch.cat([a, behind], 2) for a in arguments[3:]]
+        assert torch.equal(backend.run("block_attention", *arguments[:3], *roomy, lengths), alone)
 
 
 @pytest.mark.parametrize("length", [0, 1, 255, 256, 257, 600])

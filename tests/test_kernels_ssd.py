@@ -140,22 +140,25 @@ def test_gated_norms_of_any_width(group: int, dtype: torch.dtype, backend: Backe
     assert_close([actual], [reference.gated_group_rms_norm(y.double(), z.double(), weight.double(), group)], dtype)
 
 
-@pytest.mark.parametrize("cut", [16, 32])
+@pytest.mark.parametrize(("rows", "cut"), [(41, 16), (41, 32), (17, 16), (33, 32)])
 @every_dtype
 @on_some
-def test_pieces_of_whole_chunks_have_the_same_bits(cut: int, dtype: torch.dtype, backend: Backend):
-    x, dt, A_log, B, C, D, bias, state = scan_arguments(dtype, 1, 41, 2, 8, 1, 16)
+def test_pieces_of_whole_chunks_have_the_same_bits(rows: int, cut: int, dtype: torch.dtype, backend: Backend):
+    """Also where the rest is a single row, which has a kernel of its own."""
+    x, dt, A_log, B, C, D, bias, state = scan_arguments(dtype, 1, rows, 2, 8, 1, 40)
     y, final = backend.run("ssd_scan", x, dt, A_log, B, C, D, bias, state)
     first, early = backend.run("ssd_scan", x[:, :cut], dt[:, :cut], A_log, B[:, :cut], C[:, :cut], D, bias, state)
     rest = backend.run("ssd_scan", x[:, cut:], dt[:, cut:], A_log, B[:, cut:], C[:, cut:], D, bias, early)
     assert torch.equal(torch.cat([first, rest[0]], 1), y)
     assert torch.equal(rest[1], final)
 
-    arguments, sizes = block_arguments(dtype, 1, 41, 2, 8, 1, 16)
+    arguments, sizes = block_arguments(dtype, 1, rows, 2, 8, 1, 40)
     whole = backend.run("mamba_block", *arguments, **sizes, update_state=True)
-    rows, states = arguments[0], arguments[7:]
-    first, *states = backend.run("mamba_block", rows[:, :cut], *arguments[1:7], *states, **sizes, update_state=True)
-    rest = backend.run("mamba_block", rows[:, cut:], *arguments[1:7], *states, **sizes, update_state=True)
+    projected, states = arguments[0], arguments[7:]
+    first, *states = backend.run(
+        "mamba_block", projected[:, :cut], *arguments[1:7], *states, **sizes, update_state=True
+    )
+    rest = backend.run("mamba_block", projected[:, cut:], *arguments[1:7], *states, **sizes, update_state=True)
     assert torch.equal(torch.cat([first, rest[0]], 1), whole[0])
     assert all(torch.equal(a, b) for a, b in zip(rest[1:], whole[1:], strict=True))
 

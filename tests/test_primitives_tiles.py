@@ -152,6 +152,13 @@ def test_load_and_store(backend: Backend, bits: int, width: int):
 
 
 @every_backend
+def test_global(backend: Backend):
+    given, untouched = words(WARP, 4), torch.zeros(WARP, 4, dtype=torch.int32)
+    assert torch.equal(run(backend, "global", given, untouched, 1), given)
+    assert torch.equal(run(backend, "global", given, untouched, 0), untouched)
+
+
+@every_backend
 def test_store_16_bytes(backend: Backend):
     """To shared and to global memory."""
     given = words(4 * WARP) // 2

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from twotower_ext.registry import OPS
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 SANITISED = ("asan", "race")
 CAUGHT = 0.95  # of the bugs planted in a kernel
+_INCLUDE = re.compile(r'^#include "([^"/]+)"', re.MULTILINE)
 
 
 def evidence(op: str, results: Path = RESULTS) -> str:
@@ -34,9 +36,18 @@ def evidence(op: str, results: Path = RESULTS) -> str:
 
 
 def sources(op: str, tree: Path = RESULTS.parent.parent) -> str:
-    """A digest of an op's kernel sources: files that begin with its name's last word, or else with its stem."""
+    """A digest of an op's kernel sources: files that begin with the last words of its name, or else with its stem, and
+    what they include of that folder."""
     kernels, digest = tree / "csrc" / "kernels", hashlib.sha256()
-    for path in sorted(kernels.glob(f"{op.rpartition('_')[2]}*")) or sorted(kernels.glob(f"{OPS[op].stem}*")):
+    words = op.split("_")
+    begins = [*("_".join(words[i:]) for i in range(len(words))), OPS[op].stem]
+    found = next((paths for name in begins if (paths := set(kernels.glob(f"{name}*")))), set())
+    new = found
+    while new:
+        included = {path.parent / name for path in new for name in _INCLUDE.findall(path.read_text())}
+        new = {path for path in included if path.parent == kernels and path.exists()} - found
+        found = found | new
+    for path in sorted(found):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -59,7 +70,8 @@ def _on_gpus(op: str, results: Path, current: bool) -> list[str]:
     here = sources(op, results.parent.parent)
 
     def counts(data: dict[str, Any]) -> bool:
-        return (data.get("machine", {}).get("sources", {}).get(op, here) == here) == current
+        ran = data.get("machine", {}).get("sources", {op: here})  # without the op: there was no kernel yet
+        return op in ran and (ran[op] == here) == current
 
     for data in filter(counts, _read(results, "gpu*.json")):
         tests = data.get("tests", {}).get("ops", {}).get(op, {})

@@ -7,9 +7,7 @@
 namespace twotower::cuda {
 namespace {
 
-constexpr int64_t kFewRows = 64;    // of a head; up to so many, parts of the context are blocks of their own
-constexpr int64_t kPartKeys = 256;  // at least: 2,048 keys are 8 parts, beside the own keys'
-constexpr int64_t kMostParts = 16;
+constexpr int64_t kFewRows = 64;  // of a head; up to so many, parts of the context are blocks of their own
 constexpr int kMergeThreads = 128;
 constexpr int64_t kWidest = 256;
 
@@ -17,33 +15,28 @@ const char* name_of(const AttentionParams& p) {
   return p.block_size > 0 ? "two_stream_attention" : "block_attention";
 }
 
-// A row's keys are cut where its own length of block and the room for its context say, whatever else is in the batch.
-kernels::AttentionPlan plan_of(const AttentionParams& p, int64_t rows_of_tile) {
-  const int64_t rows = p.Hq / p.Hkv * p.L;
-  kernels::AttentionPlan plan{.row_tiles = (rows + rows_of_tile - 1) / rows_of_tile,
-                              .parts = 1,
-                              .part_keys = 0,
-                              .aligned = false,
-                              .workspace = static_cast<float*>(p.workspace)};
-  if (p.L > kFewRows || p.T <= kPartKeys || p.block_size > 0) return plan;
-  const int64_t least = (p.T + kMostParts - 1) / kMostParts;
-  const int64_t part_keys = std::max(kPartKeys, (least + 63) / 64 * 64);
-  plan.part_keys = static_cast<int>(part_keys);
-  plan.parts = static_cast<int>((p.T + part_keys - 1) / part_keys) + 1;
-  return plan;
+// As many parts as the context may have, and that of the own keys; or one for all.
+int parts_of(const AttentionParams& p) {
+  if (p.L > kFewRows || p.T <= kernels::kPartKeys || p.block_size > 0) return 1;
+  const int64_t shortest = (p.T + kernels::kPartKeys - 1) / kernels::kPartKeys;  // a longer context has longer parts
+  return static_cast<int>(std::min<int64_t>(shortest, kernels::kMostParts)) + 1;
 }
 
 template <class T>
 bool all_aligned(const AttentionParams& p) {
-  return aligned<T>(p.q) && aligned<T>(p.k) && aligned<T>(p.v) && aligned<T>(p.context_k) && aligned<T>(p.context_v);
+  const bool context = p.T == 0 || (aligned<T>(p.context_k) && aligned<T>(p.context_v));  // an empty one lies nowhere
+  return aligned<T>(p.q) && aligned<T>(p.k) && aligned<T>(p.v) && context;
 }
 
 template <class T, int kWidth>
 void launch_attention(const AttentionParams& p, void* stream) {
   using Traits = kernels::AttentionTraits<T, kWidth>;
   const char* op = name_of(p);
-  kernels::AttentionPlan plan = plan_of(p, Traits::kRows);
-  plan.aligned = all_aligned<T>(p);
+  const int64_t rows = p.Hq / p.Hkv * p.L;
+  const kernels::AttentionPlan plan{.row_tiles = (rows + Traits::kRows - 1) / Traits::kRows,
+                                    .parts = parts_of(p),
+                                    .aligned = all_aligned<T>(p),
+                                    .workspace = static_cast<float*>(p.workspace)};
   if (p.B * p.Hkv > kMaxBlocks / plan.parts / plan.row_tiles / Traits::kSlices)
     throw std::invalid_argument(std::string(op) + ": q must have fewer than 2^31 tiles of rows, got more");
   simt::launch(op, kernels::attention_kernel<Traits>, p.B * p.Hkv * plan.parts * plan.row_tiles * Traits::kSlices,
@@ -57,7 +50,7 @@ void launch_attention(const AttentionParams& p, void* stream) {
 }  // namespace
 
 int64_t attention_workspace(const AttentionParams& p) {
-  const int64_t parts = plan_of(p, 1).parts;
+  const int64_t parts = parts_of(p);
   return parts == 1 ? 0 : p.B * p.Hq * p.L * parts * (p.d + 2) * static_cast<int64_t>(sizeof(float));
 }
 
@@ -66,7 +59,7 @@ void attention(const AttentionParams& p, void* stream) {
   if (p.d > kWidest)
     throw std::invalid_argument(std::string(name_of(p)) + ": q must have a head_dim of at most 256 on CUDA, got " +
                                 std::to_string(p.d));
-  if (p.L > kMaxBlocks || p.T > kMaxBlocks)
+  if (p.Hq / p.Hkv * p.L > kMaxBlocks - 64 || p.T > kMaxBlocks)
     throw std::invalid_argument(std::string(name_of(p)) + ": q and context_k must have fewer than 2^31 rows, got more");
   for_dtype(name_of(p), p.dtype, [&]<class T>(std::type_identity<T>) {
     if (p.d <= 64)

@@ -17,7 +17,7 @@ struct AttentionTraits {
   static constexpr int kKeys = 128 / sizeof(T);         // a tile
   static constexpr int kRows = kWidth > 128 ? 32 : 64;  // a warp has 16, or copies alone
   static constexpr int kThreads = kWidth * sizeof(T) > 512 ? 256 : 128;
-  // Tiles of keys and of values, in turn: as many as 99 KB of shared memory hold beside the queries.
+  // Tiles of keys and of values, in turn: 1, 2 or 4 of them, so that all fit into 99 KB of shared memory.
   static constexpr int kRing = kWidth * sizeof(T) <= 256 ? 4 : kWidth * sizeof(T) <= 512 ? 2 : 1;
   static constexpr int kBlocks = 256 / kThreads;  // a multiprocessor: without a number ptxas spills for one more
   using Scores = simt::Fragments<1, kKeys / 8>;
@@ -35,17 +35,32 @@ struct AttentionShared {
   typename Traits::Keys ring[Traits::kRing];
   typename Traits::Weights weights;  // exp(score - largest so far): each warp's rows are its own
 };
-static_assert(sizeof(AttentionShared<AttentionTraits<float, 256>>) <= 98 * 1024, "what a block may have anywhere");
+template <class T, int kWidth>
+constexpr bool kFitsAnywhere = sizeof(AttentionShared<AttentionTraits<T, kWidth>>) <= 98 * 1024;
+static_assert(kFitsAnywhere<float, 256> && kFitsAnywhere<float, 128> && kFitsAnywhere<simt::bfloat16, 256> &&
+              kFitsAnywhere<simt::bfloat16, 128>);
 
 // --- load ------------------------------------------------------------------------------------------------------------
 
-// Starts copying rows [first, first + count) of a head; rows behind them are zeros.
+// Starts copying rows of a tile, the first `count` of which are there; the others become zeros. from(row) is where a
+// row starts.
 template <class Traits, class Tile, class From>
 __device__ void start_rows(Tile& tile, const AttentionParams& p, bool aligned, int count, From&& from) {
   using Copies = simt::RowCopies<Traits::kThreads, Tile>;
   uint32_t present = 0;
   for (int i = 0; i < Copies::kCount; ++i) present |= uint32_t{Copies::row(i) < count} << i;
   Copies::start(tile, static_cast<int>(p.d), aligned, present, [&](int i) { return from(Copies::row(i)); });
+}
+// The same for rows `step` elements apart.
+template <class Traits, class Tile, class T>
+__device__ void start_rows(Tile& tile, const AttentionParams& p, bool aligned, int count, const T* from, int64_t step) {
+  using Copies = simt::RowCopies<Traits::kThreads, Tile>;
+  if (!aligned || p.d != Traits::kWidth)
+    return start_rows<Traits>(tile, p, aligned, count, [&](int row) { return from + row * step; });
+  const T* at = from + Copies::row(0) * step;
+  const int64_t pass = Copies::kPass * step;
+  SIMT_UNROLL
+  for (int i = 0; i < Copies::kCount; ++i, at += pass) Copies::start_row(tile, i, Copies::row(i) < count, at);
 }
 
 // --- one tile of keys ------------------------------------------------------------------------------------------------
@@ -81,6 +96,24 @@ __device__ void add_values(typename Traits::Output& o, const typename Traits::We
         SIMT_UNROLL
         for (int i = 0; i < 4; ++i)
           o.at[0][n][i] += weight[i / 2] * values.value(k, first + 8 * n + Traits::Output::column(i));
+      }
+    }
+  }
+}
+
+// Scores of keys that a row does not see become -inf. `seen` is of the two rows that a lane's elements belong to.
+template <class Traits>
+__device__ void hide(typename Traits::Scores& s, const KeyTile& tile, const SeenKeys (&seen)[2]) {
+  SIMT_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int from = seen[half].from(tile), to = seen[half].to(tile);
+    SIMT_UNROLL
+    for (int n = 0; n < Traits::Scores::kN; ++n) {
+      SIMT_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int key = 8 * n + Traits::Scores::column(i);
+        const bool counts = (key >= from) & (key < to);
+        s.at[0][n][2 * half + i] = counts ? s.at[0][n][2 * half + i] : -simt::kInfinity;
       }
     }
   }
@@ -161,9 +194,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     if (item < 2 * tiles) {
       const KeyTile tile = range.tile(item / 2, kKeys);
       const auto& rows = tile.own ? (item % 2 ? p.v : p.k) : (item % 2 ? p.context_v : p.context_k);
-      start_rows<Traits>(shared.ring[item % kRing], p, plan.aligned, tile.end - tile.begin, [&](int row) {
-        return rows.template at<const T>(block.b, block.kv, int64_t{tile.begin} + row);
-      });
+      const T* from = rows.template at<const T>(block.b, block.kv, tile.begin);
+      start_rows<Traits>(shared.ring[item % kRing], p, plan.aligned, tile.end - tile.begin, from, rows.stride[2]);
     }
     simt::cp_async_commit();
   };
@@ -198,14 +230,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       s.zero();
       simt::multiply(s, shared.queries, row, keys, 0);
       SIMT_UNROLL
-      for (int n = 0; n < Traits::Scores::kN; ++n) {
-        SIMT_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int key = tile.begin + 8 * n + Traits::Scores::column(i);
-          const bool counts = key < tile.end && (tile.seen_by_all || seen[i / 2].sees(tile.own, key));
-          s.at[0][n][i] = counts ? s.at[0][n][i] * scale : -simt::kInfinity;
-        }
-      }
+      for (int i = 0; i < 4 * Traits::Scores::kN; ++i) s.at[0][i / 4][i % 4] *= scale;
+      if (!tile.seen_by_all) hide<Traits>(s, tile, seen);
       add_scores<Traits>(s, sums, o, shared.weights, row);
     }
     const auto& values = arrived(2 * t + 1);  // behind a barrier, so that the weights are there as well
@@ -217,6 +243,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   for (int half = 0; half < 2; ++half) {
     float sum = sums.sum[half];
     for (int mask = 1; mask <= 2; mask *= 2) sum += simt::shuffle_xor(sum, mask);
+    const float inverse = 1.f / sum;
     const int r = row + Traits::Output::row(2 * half);
     if (r >= block.rows) continue;
     T* to = p.out.at<T>(block.b, block.head(p, r), block.position(p, r));
@@ -231,7 +258,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
         if (partial)
           partial[column] = value;
         else
-          to[column] = T(value / sum);
+          to[column] = T(value * inverse);
       }
     }
     if (partial && simt::lane() % 4 == 0 && first_column == 0) {
@@ -246,33 +273,43 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 // A warp a row: the sum of its parts, each scaled to the largest score of all, in their order.
 template <class T, int kThreads>
 __global__ void __launch_bounds__(kThreads) attention_merge_kernel(const AttentionParams p, const AttentionPlan plan) {
-  constexpr int kWarps = kThreads / simt::kWarp;
+  constexpr int kWarps = kThreads / simt::kWarp, kColumns = 4;  // of a lane at a time
   const int64_t item = simt::block_index() * kWarps + simt::warp(), rows = (p.Hq / p.Hkv) * p.L;
   if (item >= p.B * p.Hkv * rows) return;  // the whole warp
   AttentionBlock block;
   block.b = item / rows / p.Hkv;
   block.kv = item / rows % p.Hkv;
-  block.first = item % rows;
-  const auto part = [&](int index) {
-    block.part = index;
-    return plan.partial(p, block, 0);
-  };
-  const int live = plan.live_parts(context_of(p, block.b));  // of the context; then comes that of the own keys
-  const auto each = [&](auto&& body) {
-    for (int i = 0; i < live; ++i) body(part(i));
-    body(part(plan.parts - 1));
-  };
+  block.first = static_cast<int>(item % rows);
+  const int live = parts_of_context(context_of(p, block.b));  // of the context; the last part has the own keys
+  block.part = 0;
+  const float* first = plan.partial(p, block, 0);
+  const int64_t step = rows * (p.d + 2);
+  const auto part = [&](int i) { return first + (i < live ? i : plan.parts - 1) * step; };
 
-  float largest = -simt::kInfinity;
-  each([&](const float* from) { largest = from[p.d] > largest ? from[p.d] : largest; });
-  const float base = largest == -simt::kInfinity ? 0.f : largest;
-  float sum = 0;
-  each([&](const float* from) { sum += exp2f(from[p.d] - base) * from[p.d + 1]; });
+  // A lane a part; those that are left over weigh nothing.
+  static_assert(kMostParts < simt::kWarp);
+  const bool has_part = simt::lane() <= live;
+  const float own = has_part ? part(simt::lane())[p.d] : -simt::kInfinity;
+  const float largest = simt::warp_reduce(own, [](float a, float b) { return b > a ? b : a; });
+  const float weight = exp2f(own - (largest == -simt::kInfinity ? 0.f : largest));
+  const float inverse = 1.f / simt::warp_sum(has_part ? weight * part(simt::lane())[p.d + 1] : 0.f);
+
   T* to = p.out.at<T>(block.b, block.head(p, 0), block.position(p, 0));
-  for (int64_t column = simt::lane(); column < p.d; column += simt::kWarp) {
-    float value = 0;
-    each([&](const float* from) { value += exp2f(from[p.d] - base) * from[column]; });
-    to[column] = T(value / sum);
+  for (int64_t begin = 0; begin < p.d; begin += kColumns * simt::kWarp) {
+    float value[kColumns] = {};
+    for (int i = 0; i <= live; ++i) {
+      const float share = simt::shuffle(weight, i);
+      SIMT_UNROLL
+      for (int c = 0; c < kColumns; ++c) {
+        const int64_t column = begin + simt::kWarp * c + simt::lane();
+        if (column < p.d) value[c] += share * part(i)[column];
+      }
+    }
+    SIMT_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      const int64_t column = begin + simt::kWarp * c + simt::lane();
+      if (column < p.d) to[column] = T(value[c] * inverse);
+    }
   }
 }
 

@@ -30,10 +30,16 @@ void launch_commit(const CommitParams& p, void* stream) {
   simt::launch(kOp, scan, positions * parts, kScanThreads, 0, stream, p, static_cast<uint32_t>(parts));
   if (filtered(p) && parts > 0)
     simt::launch(kOp, kernels::commit_filter_kernel<Filter>, positions, kFilterThreads, 0, stream, p, parts);
-  simt::launch(kOp, kernels::commit_rows_kernel<T, kRowThreads>, p.B, kRowThreads, 0, stream, p, parts);
+  commit_rows(kOp, p, stream);
 }
 
 }  // namespace
+
+void commit_rows(const char* op, const CommitParams& p, void* stream) {
+  for_dtype(op, p.dtype, [&]<class T>(std::type_identity<T>) {
+    simt::launch(op, kernels::commit_rows_kernel<T, kRowThreads>, p.B, kRowThreads, 0, stream, p, parts_of(p));
+  });
+}
 
 int64_t denoise_commit_workspace(const CommitParams& p) {
   return p.B * p.L * parts_of(p) * static_cast<int64_t>(sizeof(kernels::Partial));

@@ -28,7 +28,11 @@ __device__ void convolve(const ConvParams& p, int64_t b, int64_t c, int64_t begi
     constexpr int kBefore = kUsualTaps - 1;
     T window[kRows + kBefore];
     SIMT_UNROLL
-    for (int i = 0; i < kRows + kBefore; ++i) window[i] = conv_input<T>(p, b, c, begin - kBefore + i);
+    for (int i = 0; i < kBefore; ++i) window[i] = conv_input<T>(p, b, c, begin - kBefore + i);
+    const T* row = p.x.at<const T>(b, begin) + c;
+    const int64_t left = p.L - begin, step = p.x.stride[1];
+    SIMT_UNROLL
+    for (int t = 0; t < kRows; ++t, row += step) window[kBefore + t] = t < left ? *row : T(0.f);
     SIMT_UNROLL
     for (int k = 0; k < kUsualTaps; ++k) {
       const float tap = float(weight[k]);

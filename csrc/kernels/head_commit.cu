@@ -9,7 +9,6 @@ namespace {
 
 constexpr const char* kOp = "lm_head_commit";
 constexpr int kMergeThreads = 128;
-constexpr int kRowThreads = 256;  // as denoise_commit's last launch
 
 int64_t tiles_of(const HeadCommitParams& p) {
   return (p.commit.V + kernels::kHeadIds - 1) / kernels::kHeadIds;
@@ -47,11 +46,11 @@ void lm_head_commit(const HeadCommitParams& params, void* stream) {
       launch_logits<T, 16>(p, stream);
     else
       launch_logits<T, 64>(p, stream);
-    constexpr int64_t kWarps = kMergeThreads / simt::kWarp;
-    simt::launch(kOp, kernels::head_merge_kernel<kMergeThreads>, (positions * parts + kWarps - 1) / kWarps,
-                 kMergeThreads, 0, stream, p, tiles, parts);
-    simt::launch(kOp, kernels::commit_rows_kernel<T, kRowThreads>, p.commit.B, kRowThreads, 0, stream, p.commit, parts);
   });
+  constexpr int64_t kWarps = kMergeThreads / simt::kWarp;
+  simt::launch(kOp, kernels::head_merge_kernel<kMergeThreads>, (positions * parts + kWarps - 1) / kWarps, kMergeThreads,
+               0, stream, p, tiles, parts);
+  commit_rows(kOp, p.commit, stream);
 }
 
 }  // namespace twotower::cuda

@@ -129,8 +129,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
     masked[i] = i < positions && position_of(commit, first_position + i).masked;
   simt::block_sync();
   bool any = false;
-  for (int i = 0; i < positions; ++i) any = any || masked[i];
-  if (!any) return;
+  for (int i = simt::lane(); i < kPositions; i += simt::kWarp) any = any || masked[i];
+  if (simt::ballot(any) == 0) return;  // every warp finds the same
 
   const auto start = [&](int step) {
     const int64_t column = int64_t{step} * Traits::kColumns;

@@ -37,5 +37,7 @@ bool aligned(const Rows<N>& rows) {
 
 // The last launch of mamba_block, of norm.cu: gated_group_rms_norm of a float32 y.
 void gated_norm_of_block(const GatedNormParams& p, void* stream);
+// The last launch of lm_head_commit, of commit.cu: merges the parts of each position in p.workspace, and commits.
+void commit_rows(const char* op, const CommitParams& p, void* stream);
 
 }  // namespace twotower::cuda

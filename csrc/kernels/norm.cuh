@@ -87,7 +87,9 @@ struct GatedNormTraits {
   static constexpr int kVector = kVector_;
   static constexpr int kWarps = 4;  // a block's, each with a group of its own
   static constexpr int kThreads = kWarps * simt::kWarp;
-  static_assert(kVector * sizeof(T) <= 16, "one access moves at most 16 bytes");
+  // Of y, which may be wider than T: one access moves at most 16 bytes.
+  static constexpr int kPiece = kVector * sizeof(Y) > 16 ? 16 / sizeof(Y) : kVector;
+  static_assert(kVector * sizeof(T) <= 16 && kVector % kPiece == 0);
 };
 
 template <class Traits>
@@ -102,13 +104,16 @@ __global__ void __launch_bounds__(Traits::kThreads) gated_norm_kernel(const Gate
   const Y* y = p.y.at<const Y>(b, l) + start;
   const T* z = p.z.at<const T>(b, l) + start;
   const auto gated = [&](int64_t i, float (&v)[kVector]) {
-    const auto value = simt::load<Y, kVector>(y + i);
     const auto gate = simt::load<T, kVector>(z + i);
-    for (int j = 0; j < kVector; ++j) v[j] = float(value.at[j]) * silu(float(gate.at[j]));
+    for (int j = 0; j < kVector; j += Traits::kPiece) {
+      const auto value = simt::load<Y, Traits::kPiece>(y + i + j);
+      for (int k = 0; k < Traits::kPiece; ++k) v[j + k] = float(value.at[k]) * silu(float(gate.at[j + k]));
+    }
   };
 
   const int64_t first = int64_t{simt::lane()} * kVector, step = simt::kWarp * kVector;
   float squares = 0;
+  SIMT_UNROLL_BY(2)
   for (int64_t i = first; i < p.group_size; i += step) {
     float v[kVector];
     gated(i, v);
@@ -116,6 +121,7 @@ __global__ void __launch_bounds__(Traits::kThreads) gated_norm_kernel(const Gate
   }
   const float inverse = simt::rsqrt(simt::warp_sum(squares) / float(p.group_size) + float(p.eps));
 
+  SIMT_UNROLL_BY(2)
   for (int64_t i = first; i < p.group_size; i += step) {
     const auto weight = simt::load<T, kVector>(p.weight.at<const T>() + start + i);
     float v[kVector];

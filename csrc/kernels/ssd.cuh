@@ -17,15 +17,14 @@ namespace twotower::kernels {
 
 // kRows rows a chunk at most. Eight lanes, a team, share rows of the state: four elements each, at every 32nd, kQuads
 // times. A state of more elements than that passes through memory, a slice at a time.
-template <class Source_, int kRows_, int kQuads_>
+template <class Input_, int kRows_, int kQuads_>
 struct ScanTraits {
-  using Source = Source_;
-  using T = typename Source::T;
+  using Input = Input_;  // ssd_source.cuh
   static constexpr int kRows = kRows_, kQuads = kQuads_;
   static constexpr int kThreads = kScanThreads, kLanes = 8, kTeams = kThreads / kLanes;
   static constexpr int kHeld = kScanColumns / kTeams;  // rows of the state a team: neighbours
   static constexpr int kSlice = kLanes * kQuads * 4;
-  static constexpr int kBlocks = kRows == 1 ? 4 : 2;  // a multiprocessor: without a number ptxas spills for one more
+  static constexpr int kBlocks = kRows == 1 ? 3 : 2;  // a multiprocessor: without a number ptxas spills for one more
   static constexpr int kOwn = kRows < kLanes ? 1 : kRows / kLanes;  // rows of y a lane finishes
   static_assert(kRows == 1 || kRows == kTeams, "a team has one row of B");
   static_assert(kHeld * kTeams == kScanColumns);
@@ -43,20 +42,30 @@ struct ScanShared {
 
 // --- load ------------------------------------------------------------------------------------------------------------
 
-// `count` columns of the chunk's rows, unrounded, to `to`, kWidth a row; zeros past the last column and row.
-template <class Traits, int kWidth, class Columns>
-__device__ void stage(const Columns& columns, int64_t count, int64_t begin, int rows, float* to) {
-  for (int c = simt::thread_index(); c < kWidth; c += Traits::kThreads) {
-    float v[Traits::kRows];
-    if (c < count) columns.get(c, begin, v);
+// The chunk's rows, unrounded: of a slice of B and C, with the first one also of x; zeros past the last column and row.
+template <class Traits>
+__device__ void stage(const typename Traits::Input& source, const ScanHead& head, int64_t begin, int rows,
+                      int64_t first, ScanShared<Traits>& shared) {
+  constexpr int kSlice = Traits::kSlice, kRows = Traits::kRows;
+  // One loop for all, so that there is one copy of the convolution.
+  for (int i = simt::thread_index(); i < 2 * kSlice + kScanColumns; i += Traits::kThreads) {
+    const Part part = i < kSlice ? Part::keys : i < 2 * kSlice ? Part::queries : Part::x;
+    if (part == Part::x && first > 0) continue;
+    const int c = part == Part::keys ? i : part == Part::queries ? i - kSlice : i - 2 * kSlice;
+    const int64_t column = (part == Part::x ? head.first : first) + c;
+    const bool present = column < (part == Part::x ? source.heads.P : source.heads.N);
+    float v[kRows];
+    if (present) source.get(head, part, column, begin, v);
+    float* to = (part == Part::keys ? shared.keys : part == Part::queries ? shared.queries : shared.x) + c;
+    const int width = part == Part::x ? kScanColumns : kSlice;
     SIMT_UNROLL
-    for (int t = 0; t < Traits::kRows; ++t) to[t * kWidth + c] = c < count && t < rows ? v[t] : 0.f;
+    for (int t = 0; t < kRows; ++t) to[t * width] = present && t < rows ? v[t] : 0.f;
   }
 }
 
 // What a chunk's rows do to the state, by one warp. Collective.
 template <class Traits>
-__device__ void steps(const typename Traits::Source& source, const ScanHead& head, int64_t begin, int rows,
+__device__ void steps(const typename Traits::Input& source, const ScanHead& head, int64_t begin, int rows,
                       ScanShared<Traits>& shared) {
   const int lane = simt::lane();
   float step = 0, decay = 1;
@@ -155,7 +164,7 @@ struct Products {
   __device__ static int first_row() { return simt::lane() % Traits::kLanes * Traits::kOwn; }
 };
 
-// h <- U h + sum of (x_s A_s) B_s, for the thread's elements.
+// h <- U h + sum of (x_s A_s) B_s, for the thread's elements. Rounded as written, whatever the number of rows.
 template <class Traits>
 __device__ void advance(StatePart<Traits>& state, const ScanShared<Traits>& shared, int column) {
   using Part = StatePart<Traits>;
@@ -176,14 +185,14 @@ __device__ void advance(StatePart<Traits>& state, const ScanShared<Traits>& shar
       SIMT_UNROLL
       for (int r = 0; r < Traits::kHeld; ++r) {
         SIMT_UNROLL
-        for (int e = 0; e < 4; ++e) state.at[r][i][e] += inflow[r] * key.at[e];
+        for (int e = 0; e < 4; ++e) state.at[r][i][e] = fmaf(inflow[r], key.at[e], state.at[r][i][e]);
       }
     }
   }
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks) scan_kernel(const typename Traits::Source source) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks) scan_kernel(const typename Traits::Input source) {
   constexpr int kRows = Traits::kRows, kSlice = Traits::kSlice, kHeld = Traits::kHeld;
   SIMT_SHARED(ScanShared<Traits>, memory, 1);
   ScanShared<Traits>& shared = *memory;
@@ -198,20 +207,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks) scan_kernel
   do {
     const int rows = source.chunk_rows(begin, kRows);
     const int64_t end = begin + rows;
-    if (begin > 0) simt::block_sync();  // the chunk before has been read
-    stage<Traits, kScanColumns>(source.x(head), head.columns, begin, rows, shared.x);
-    if (simt::warp() == 0) steps<Traits>(source, head, begin, rows, shared);
+    if (begin > 0) simt::block_sync();                              // the chunk before has been read
+    if (begin == 0 && in_registers) state.load(head.from, row, 0);  // on its way while rows are staged
+    if (simt::warp() == Traits::kThreads / simt::kWarp - 1) steps<Traits>(source, head, begin, rows, shared);
 
     float own[Traits::kOwn][kHeld + 1] = {};  // C h and C.B of the rows that this lane finishes
     for (int64_t first = 0; first < N; first += kSlice) {
       if (first > 0) simt::block_sync();  // the slice before has been read
-      const int64_t width = N - first < kSlice ? N - first : kSlice;
-      stage<Traits, kSlice>(source.keys(head, first), width, begin, rows, shared.keys);
-      stage<Traits, kSlice>(source.queries(head, first), width, begin, rows, shared.queries);
-      if (begin == 0)
-        state.load(head.from, row, first);
-      else if (!in_registers)
-        state.load(head.to, row, first);  // what this thread has stored
+      stage<Traits>(source, head, begin, rows, first, shared);
+      if (!in_registers && begin == 0) state.load(head.from, row, first);
+      if (!in_registers && begin > 0) state.load(head.to, row, first);  // what this thread has stored
       simt::block_sync();
       Products<Traits> products(state, shared, team);
       products.fold();
@@ -241,7 +246,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks) scan_kernel
       for (int r = 0; r < kHeld; ++r) y[r] = shared.until[t] * own[i][r];
       for (int s = 0; s <= t; ++s) {
         SIMT_UNROLL
-        for (int r = 0; r < kHeld; ++r) y[r] += shared.mix[t][s] * shared.x[s * kScanColumns + column + r];
+        for (int r = 0; r < kHeld; ++r) y[r] = fmaf(shared.mix[t][s], shared.x[s * kScanColumns + column + r], y[r]);
       }
       SIMT_UNROLL
       for (int r = 0; r < kHeld; ++r)

@@ -19,7 +19,7 @@ struct StateRows {
   // Elements [first, first + 4) of a row; zeros where there are none.
   __device__ void load(int64_t row, int64_t first, float (&v)[4]) const {
     const bool present = data != nullptr && row < rows;
-    const float* from = data + (present ? row * stride + first : 0);
+    const float* from = simt::global(data) + (present ? row * stride + first : 0);
     if (present && aligned && first + 4 <= size) {
       const auto quad = simt::load<float, 4>(from);
       SIMT_UNROLL
@@ -31,7 +31,7 @@ struct StateRows {
   }
   __device__ void store(int64_t row, int64_t first, const float (&v)[4]) const {
     if (row >= rows) return;
-    float* to = data + row * stride + first;
+    float* to = simt::global(data) + row * stride + first;
     if (aligned && first + 4 <= size) {
       simt::store(to, simt::Vector<float, 4>{v[0], v[1], v[2], v[3]});
     } else {
@@ -80,30 +80,8 @@ struct ScanHeads {
   }
 };
 
-// Rows [begin, begin + kRows) of a column; of rows that are not there 0.
-template <class T>
-struct PlainColumns {
-  const T* at;  // the first column of row 0
-  int64_t stride, L;
-
-  template <int kRows>
-  __device__ void get(int column, int64_t begin, float (&v)[kRows]) const {
-    SIMT_UNROLL
-    for (int t = 0; t < kRows; ++t) v[t] = begin + t < L ? float(at[(begin + t) * stride + column]) : 0.f;
-  }
-};
-
-// The same after the convolution.
-template <class T>
-struct ConvolvedColumns {
-  const ConvParams& conv;
-  int64_t b, channel;
-
-  template <int kRows>
-  __device__ void get(int column, int64_t begin, float (&v)[kRows]) const {
-    convolve<T>(conv, b, channel + column, begin, v);
-  }
-};
+// What is staged of a chunk's rows.
+enum class Part : int { x, keys, queries };  // keys: B, queries: C
 
 // The arguments of ssd_scan.
 template <class T_>
@@ -115,14 +93,14 @@ struct ScanSource {
 
   __device__ int64_t rows() const { return p.L; }
   __device__ bool state_is_wanted() const { return true; }
-  __device__ PlainColumns<T> x(const ScanHead& head) const {
-    return {p.x.at<const T>(head.b, 0, head.h) + head.first, p.x.stride[1], p.L};
-  }
-  __device__ PlainColumns<T> keys(const ScanHead& head, int64_t first) const {
-    return {p.Bm.at<const T>(head.b, 0, head.g) + first, p.Bm.stride[1], p.L};
-  }
-  __device__ PlainColumns<T> queries(const ScanHead& head, int64_t first) const {
-    return {p.Cm.at<const T>(head.b, 0, head.g) + first, p.Cm.stride[1], p.L};
+  // Rows [begin, begin + kRows) of a column: of the head's, or an element of the group's B or C. Rows from L on are of
+  // no meaning.
+  template <int kRows>
+  __device__ void get(const ScanHead& head, Part part, int64_t column, int64_t begin, float (&v)[kRows]) const {
+    const Rows<3>& rows = part == Part::x ? p.x : part == Part::keys ? p.Bm : p.Cm;
+    const T* row = rows.at<const T>(head.b, begin, part == Part::x ? head.h : head.g) + column;
+    SIMT_UNROLL
+    for (int t = 0; t < kRows; ++t, row += rows.stride[1]) v[t] = begin + t < p.L ? float(*row) : 0.f;
   }
   __device__ float dt(const ScanHead& head, int64_t row) const { return float(p.dt.at<const T>(head.b, row)[head.h]); }
   __device__ void store_y(const ScanHead& head, int64_t row, int64_t column, float y) const {
@@ -158,12 +136,10 @@ struct BlockSource {
 
   __device__ int64_t rows() const { return p.L; }
   __device__ bool state_is_wanted() const { return bool(p.new_ssm_state); }
-  __device__ ConvolvedColumns<T> x(const ScanHead& head) const { return {p.conv, head.b, x_channel(head)}; }
-  __device__ ConvolvedColumns<T> keys(const ScanHead& head, int64_t first) const {
-    return {p.conv, head.b, key_channel(head) + first};
-  }
-  __device__ ConvolvedColumns<T> queries(const ScanHead& head, int64_t first) const {
-    return {p.conv, head.b, key_channel(head) + p.G * p.N + first};
+  // The same, after the convolution.
+  template <int kRows>
+  __device__ void get(const ScanHead& head, Part part, int64_t column, int64_t begin, float (&v)[kRows]) const {
+    convolve<T>(p.conv, head.b, channel(head, part) + column, begin, v);
   }
   __device__ float dt(const ScanHead& head, int64_t row) const {
     return float(p.conv.x.at<const T>(head.b, row)[p.conv.C + head.h]);
@@ -178,10 +154,10 @@ struct BlockSource {
       for (int64_t c = simt::thread_index(); c < count; c += kScanThreads)
         kernels::store_conv_state<T>(p.conv, head.b, channel + c);
     };
-    store(x_channel(head), head.columns);
+    store(channel(head, Part::x) + head.first, head.columns);
     if (head.first > 0 || head.h % (p.H / p.G) != 0) return;
-    store(key_channel(head), p.N);
-    store(key_channel(head) + p.G * p.N, p.N);
+    store(channel(head, Part::keys), p.N);
+    store(channel(head, Part::queries), p.N);
   }
   __device__ int chunk_rows(int64_t begin, int most) const {
     return static_cast<int>(p.L - begin < most ? p.L - begin : most);
@@ -190,8 +166,11 @@ struct BlockSource {
   __device__ StateRows kept(const ScanHead&, int64_t) const { return {}; }
 
  private:
-  __device__ int64_t x_channel(const ScanHead& head) const { return head.h * p.P + head.first; }
-  __device__ int64_t key_channel(const ScanHead& head) const { return p.H * p.P + head.g * p.N; }
+  // The first one of the head's or the group's.
+  __device__ int64_t channel(const ScanHead& head, Part part) const {
+    const int64_t group = part == Part::keys ? head.g : p.G + head.g;
+    return part == Part::x ? head.h * p.P : p.H * p.P + group * p.N;
+  }
 };
 
 }  // namespace twotower::kernels

@@ -122,6 +122,12 @@ __device__ inline void wait_for(const uint32_t* counter, uint32_t target) {
 
 // --- memory ----------------------------------------------------------------------------------------------------------
 
+// The same pointer, to global memory, for the compiler to know: what it cannot tell from a kernel's parameters it
+// accesses by generic addresses. Null stays null.
+template <class T>
+__device__ T* global(T* pointer) {
+  return static_cast<T*>(__cvta_global_to_generic(__cvta_generic_to_global(pointer)));
+}
 // Stores 16 bytes as one access; the address is a multiple of 16. (Left to itself, nvcc 13 stores eight 16-bit numbers
 // that were converted one by one as four times four bytes.)
 __device__ inline void store_16_bytes(void* to, const uint32_t (&words)[4]) {

@@ -197,6 +197,10 @@ SIMT_WRAPPER void wait_for(const uint32_t* counter, uint32_t target) {
 
 // --- memory ----------------------------------------------------------------------------------------------------------
 
+template <class T>
+SIMT_WRAPPER T* global(T* pointer) {
+  return pointer;
+}
 SIMT_WRAPPER void store_16_bytes(void* to, const uint32_t (&words)[4]) {
   struct alignas(16) Words {
     uint32_t at[4];

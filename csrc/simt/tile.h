@@ -38,7 +38,7 @@ __device__ Vector<T, N> load(const T* from) {
 
 template <class T, int N>
 __device__ void store(T* to, const Vector<T, N>& v) {
-  if constexpr (sizeof(v) == 16 && sizeof(T) < 4) {
+  if constexpr (sizeof(v) == 16) {
     uint32_t words[4];
     std::memcpy(words, &v, sizeof words);
     store_16_bytes(to, words);

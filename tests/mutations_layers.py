@@ -1,0 +1,117 @@
+"""More bugs to plant: in the kernels of Mamba-2, of attention and of the head. mutations.py has the others."""
+
+from __future__ import annotations
+
+from mutation import Mutation, planted
+
+SSD = (
+    *planted(
+        "kernels/ssd.cuh", "ssd_scan mamba_block", "kernels_ssd", "scan or state or piece or row or mixer",
+        ("scan: no barrier before a chunk is overwritten", "if (begin > 0) simt::block_sync();  // the chunk before has been read\n", ""),
+        ("scan: no barrier before a slice is overwritten", "if (first > 0) simt::block_sync();  // the slice before has been read\n", ""),
+        ("scan: no barrier before a chunk is read", "simt::block_sync();\n      Products<Traits> products", "Products<Traits> products"),
+        ("scan: no barrier before the mixture is read", "    simt::block_sync();\n    SIMT_UNROLL\n    for (int i = 0; i < Traits::kOwn; ++i) {\n      const int t = row_of_y + i;\n      if (t >= rows) continue;", "    SIMT_UNROLL\n    for (int i = 0; i < Traits::kOwn; ++i) {\n      const int t = row_of_y + i;\n      if (t >= rows) continue;"),
+        ("scan: a row decays before it arrives", "if (t > lane) between *= d;", "if (t >= lane) between *= d;"),
+        ("scan: the state decays a row late", "if (t <= lane) until *= d;", "if (t < lane) until *= d;"),
+        ("scan: softplus overflows", "(raw > 0 ? raw : 0.f) + log1pf(expf(-fabsf(raw)))", "log1pf(expf(raw))"),
+        ("scan: rows behind the last take steps", "if (lane < rows) {\n    const float raw", "if (lane < Traits::kRows) {\n    const float raw"),
+        ("scan: what is behind the last row is not zero", "c < count && t < rows ? v[t] : 0.f", "c < count ? v[t] : 0.f"),
+        ("scan: the state is read anew for every chunk", "if (begin == 0)\n        state.load", "if (begin >= 0)\n        state.load"),
+        ("scan: a state in parts is not read back", "else if (!in_registers)", "else if (in_registers && first > 0)"),
+        ("scan: a state in parts is stored at the end alone", "if (!in_registers || end == L)", "if (end == L)"),
+        ("scan: the last chunk leaves the state alone", "if (!source.state_is_wanted() && end == L) continue;", "if (end == L && begin > 0) continue;"),
+        ("scan: a slice replaces the sums of the one before", "own[i / (kHeld + 1)][i % (kHeld + 1)] += products", "own[i / (kHeld + 1)][i % (kHeld + 1)] = products"),
+        ("scan: half of the rows are folded wrongly", "const float low = at[t][r], high = at[t + kLeft - kKept][r];", "const float low = at[t][r], high = at[t][r];"),
+        ("scan: a row sees the one after it", "for (int s = 0; s <= t; ++s)", "for (int s = 0; s <= t + (t + 1 < rows); ++s)"),
+        ("scan: a row does not see itself", "for (int s = 0; s <= t; ++s)", "for (int s = 0; s < t; ++s)"),
+        ("scan: D is left out", "(t == team ? head.D : 0.f)", "0.f"),
+        ("scan: columns behind the last are stored", "if (column + r < head.columns) source.store_y", "source.store_y"),
+        ("scan: the decay of the first row alone reaches the state", "shared.until[Traits::kRows - 1];", "shared.until[0];"),
+    ),
+    *planted(
+        "kernels/ssd_source.cuh", "ssd_scan mamba_block", "kernels kernels_ssd kernels_large", "ssd or mamba or scan or state or mixer",
+        ("scan: a state's last elements are taken for four", "if (present && aligned && first + 4 <= size)", "if (present && aligned && first < size)"),
+        ("scan: four elements are stored past a state's row", "if (aligned && first + 4 <= size) {\n      simt::store", "if (aligned && first < size) {\n      simt::store"),
+        ("scan: rows behind the head's last are read", "const bool present = data != nullptr && row < rows;", "const bool present = data != nullptr;"),
+        ("scan: rows behind the head's last are stored", "if (row >= rows) return;", ""),
+        ("scan: the group of another head", "h / (H / G)", "h % G"),
+        ("scan: a chunk passes a state that is kept", "rows = left < rows ? left : rows;", ""),
+        ("scan: kept states are one place late", "(end - 1) / p.states_every", "end / p.states_every"),
+        ("mixer: the maps of another group", "p.H * p.P + head.g * p.N;", "p.H * p.P;"),
+        ("mixer: every head stores the maps' conv state", "if (head.first > 0 || head.h % (p.H / p.G) != 0) return;", "if (head.first > 0) return;"),
+        ("mixer: the maps' conv state is left out", "store(key_channel(head) + p.G * p.N, p.N);", ""),
+        ("mixer: dt of another head", "[p.conv.C + head.h]", "[p.conv.C]"),
+        ("scan: dt of another head", "return float(p.dt.at<const T>(head.b, row)[head.h]);", "return float(p.dt.at<const T>(head.b, row)[0]);"),
+    ),
+    *planted(
+        "kernels/conv.cuh", "causal_conv1d mamba_block", "kernels kernels_ssd", "conv or mamba or mixer",
+        ("conv: taps in reverse", "const float tap = float(weight[k]);\n      SIMT_UNROLL\n      for (int t = 0; t < kRows; ++t) v[t] += tap * float(window", "const float tap = float(weight[kUsualTaps - 1 - k]);\n      SIMT_UNROLL\n      for (int t = 0; t < kRows; ++t) v[t] += tap * float(window"),
+        ("conv: with other taps a row sees the next", "begin + t - (p.K - 1) + k", "begin + t - p.K + 2 + k"),
+        ("conv: the state is a row old", "p.initial_state.at<const T>(b, c)[p.K + l]", "p.initial_state.at<const T>(b, c)[p.K + l - (l > -p.K)]"),
+        ("conv: the state of a short sequence", "p.L - p.K + k);", "p.L > p.K ? p.L - p.K + k : k);"),
+        ("conv: rows behind the last are stored", "if (begin + t < p.L) p.y", "if (begin + t <= p.L) p.y"),
+        ("conv: every tile stores the state", "if (begin == 0) store_conv_state", "store_conv_state"),
+    ),
+    *planted(
+        "kernels/norm.cuh", "gated_group_rms_norm", "kernels kernels_ssd", "gated",
+        ("gated norm: the mean of a warp", "simt::warp_sum(squares) / float(p.group_size)", "simt::warp_sum(squares) / float(simt::kWarp)"),
+        ("gated norm: the gate comes after the norm", "* silu(float(gate.at[j]));", "* 1.f + 0.f * silu(float(gate.at[j]));"),
+        ("gated norm: weights of the first group", "p.weight.at<const T>() + start + i", "p.weight.at<const T>() + i"),
+        ("gated norm: warps without a group", "if (item >= p.B * p.L * groups) return;", ""),
+    ),
+)  # fmt: skip
+
+ATTENTION = (
+    *planted(
+        "kernels/attention.cuh", "block_attention two_stream_attention", "kernels_attention", "",
+        ("attention: a tile is awaited too weakly", "simt::cp_async_wait<kRing - 2>();", "simt::cp_async_wait<kRing - 1>();"),
+        ("attention: no barrier after the wait for a tile", "simt::cp_async_wait<kRing - 2>();\n      simt::block_sync();", "simt::cp_async_wait<kRing - 2>();"),
+        ("attention: the tile that is read is overwritten", "start(item + kRing - 1);", "start(item + kRing);"),
+        ("attention: a ring of one is overwritten", "if constexpr (kRing == 1) {\n      simt::block_sync();", "if constexpr (kRing == 1) {"),
+        ("attention: sums are not scaled", "sums.sum[half] *= kept;", ""),
+        ("attention: values are not scaled", "o.at[0][n][2 * half + i] *= kept;", "o.at[0][n][2 * half + i] *= 1.f;"),
+        ("attention: a row of nothing but hidden keys is NaN", "largest == -simt::kInfinity ? 0.f : largest;  // no key yet", "largest;"),
+        ("attention: the largest of one lane", "for (int mask = 1; mask <= 2; mask *= 2) {  // the four", "for (int mask = 1; mask <= 1; mask *= 2) {  // the four"),
+        ("attention: the sum of one lane", "for (int mask = 1; mask <= 2; mask *= 2) sum +=", "for (int mask = 1; mask <= 1; mask *= 2) sum +="),
+        ("attention: keys behind a tile's last count", "key < tile.end && (tile.seen_by_all", "(tile.seen_by_all"),
+        ("attention: keys and values are exchanged", "tile.own ? (item % 2 ? p.v : p.k)", "tile.own ? (item % 2 ? p.k : p.v)"),
+        ("attention: halves of the keys are exchanged", "values.chunk(16 * k + simt::lane() % 16,", "values.chunk(16 * k + (simt::lane() + 8) % 16,"),
+        ("attention: columns of wide heads repeat", "first / 8 + n + simt::lane() / 16", "n + simt::lane() / 16"),
+        ("attention: statistics of a part by all its blocks' lanes", "simt::lane() % 4 == 0 && first_column == 0", "simt::lane() % 4 == 1 && first_column == 0"),
+        ("attention: a part behind the context is summed", "for (int i = 0; i < live; ++i) body(part(i));", "for (int i = 0; i < plan.parts - 1; ++i) body(part(i));"),
+        ("attention: the own keys' part is left out", "body(part(plan.parts - 1));", ""),
+        ("attention: parts are added without their scale", "value += exp2f(from[p.d] - base) * from[column];", "value += from[column];"),
+    ),
+    *planted(
+        "kernels/attention_keys.cuh", "block_attention two_stream_attention", "kernels_attention kernels_large", "",
+        ("attention: a length past the context is believed", "length < 0 ? 0 : length < room ? length : room", "length < 0 ? 0 : length"),
+        ("attention: a row does not see its own key", "p.causal ? position + 1 : rows", "p.causal ? (position > 0 ? position : 1) : rows"),
+        ("attention: a block sees the one before", "position / size * size;\n      high", "position / size * size;\n      low = low > 0 ? low - 1 : 0;\n      high"),
+        ("attention: a tile's last row speaks for all", "end <= common_context", "end <= context_end"),
+        ("attention: every row sees what the first one sees", "common_high = first.high;", "common_high = last.high;"),
+        ("attention: parts overlap by a key", "context_begin = block.part * plan.part_keys;", "context_begin = block.part > 0 ? block.part * plan.part_keys - 1 : 0;"),
+        ("attention: heads side by side are taken for positions", "return static_cast<int>((first + row) / group(p));", "return static_cast<int>((first + row) % p.L);"),
+        ("attention: a part fewer is live", "context / part_keys + (context % part_keys != 0)", "context / part_keys"),
+    ),
+)  # fmt: skip
+
+HEAD = planted(
+    "kernels/head_commit.cuh", "lm_head_commit", "kernels_head", "",
+    ("head: a step is awaited too weakly", "simt::cp_async_wait<kStages - 2>();", "simt::cp_async_wait<kStages - 1>();"),
+    ("head: no barrier after the wait for a step", "simt::cp_async_wait<kStages - 2>();\n    simt::block_sync();", "simt::cp_async_wait<kStages - 2>();"),
+    ("head: the stage that is read is overwritten", "start(step + kStages - 1);", "start(step + kStages);"),
+    ("head: no barrier before logits take the stages' place", "simt::cp_async_wait<0>();\n  simt::block_sync();", "simt::cp_async_wait<0>();"),
+    ("head: no barrier before logits are read", "  simt::block_sync();\n  for (int i = simt::warp(); i < positions", "  for (int i = simt::warp(); i < positions"),
+    ("head: ids behind the last are candidates", "id < p.V && id != p.mask_token_id ? logits", "id != p.mask_token_id ? logits"),
+    ("head: the mask token is a candidate", "id < p.V && id != p.mask_token_id ? logits", "id < p.V ? logits"),
+    ("head: the mask token is sampled", "if (id >= p.V || id == p.mask_token_id) continue;", "if (id >= p.V) continue;"),
+    ("head: ids behind the last are sampled", "if (id >= p.V || id == p.mask_token_id) continue;", "if (id == p.mask_token_id) continue;"),
+    ("head: of equal logits the highest id", "if (x[i] == max) best = ranked", "if (x[i] == max && best == kNone) best = ranked"),
+    ("head: a tile's columns behind the last are not zero", "const int columns = left < Traits::kColumns ? static_cast<int>(left) : Traits::kColumns;", "const int columns = Traits::kColumns; (void)left;"),
+    ("head: blocks with a masked position at their end return", "for (int i = 0; i < positions; ++i) any", "for (int i = 0; i + 1 < positions; ++i) any"),
+    ("head: the second warp's positions are the first's", "simt::warp() % Traits::kAcross * Traits::kWarpPositions", "0 * Traits::kWarpPositions"),
+    ("head: the sample's logit is the best one's", "choice_logit = logits[i];", "choice_logit = max;"),
+    ("head: a part's last tile is left out", "left < kHeadTiles ? left : kHeadTiles;", "left < kHeadTiles ? left - 1 : kHeadTiles;"),
+)  # fmt: skip
+
+LAYERS: tuple[Mutation, ...] = (*SSD, *ATTENTION, *HEAD)
