@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old`, once in `file`, becomes `new`, a bug of the kernels `ops`. `tests`, of them what pytest -k selects, may see."""
+    """`old`, once in `file`, becomes `new`, a bug of the kernels `ops`. `tests`, of them what -k selects, may see it."""
 
     name: str
     file: str

@@ -19,14 +19,19 @@ struct StateRows {
   // Elements [first, first + 4) of a row; zeros where there are none.
   __device__ void load(int64_t row, int64_t first, float (&v)[4]) const {
     const bool present = data != nullptr && row < rows;
-    const float* from = simt::global(data) + (present ? row * stride + first : 0);
-    if (present && aligned && first + 4 <= size) {
+    if (!present) {
+      SIMT_UNROLL
+      for (int e = 0; e < 4; ++e) v[e] = 0.f;
+      return;
+    }
+    const float* from = simt::global(data) + row * stride + first;
+    if (aligned && first + 4 <= size) {
       const auto quad = simt::load<float, 4>(from);
       SIMT_UNROLL
       for (int e = 0; e < 4; ++e) v[e] = quad.at[e];
     } else {
       SIMT_UNROLL
-      for (int e = 0; e < 4; ++e) v[e] = present && first + e < size ? from[e] : 0.f;
+      for (int e = 0; e < 4; ++e) v[e] = first + e < size ? from[e] : 0.f;
     }
   }
   __device__ void store(int64_t row, int64_t first, const float (&v)[4]) const {

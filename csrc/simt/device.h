@@ -122,11 +122,12 @@ __device__ inline void wait_for(const uint32_t* counter, uint32_t target) {
 
 // --- memory ----------------------------------------------------------------------------------------------------------
 
-// The same pointer, to global memory, for the compiler to know: what it cannot tell from a kernel's parameters it
-// accesses by generic addresses. Null stays null.
+// The same pointer, which is one to global memory, for the compiler to know: where it cannot tell from a kernel's
+// parameters, it would take generic addresses.
 template <class T>
 __device__ T* global(T* pointer) {
-  return static_cast<T*>(__cvta_global_to_generic(__cvta_generic_to_global(pointer)));
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
 }
 // Stores 16 bytes as one access; the address is a multiple of 16. (Left to itself, nvcc 13 stores eight 16-bit numbers
 // that were converted one by one as four times four bytes.)
