@@ -20,12 +20,15 @@ LEAST_SECONDS = 30.0  # that a tool is begun with
 OPTIONS = ("--kernel-name", "kernel_substring=twotower", "--error-exitcode", "99", "--print-limit", "20")
 # Every allocation on its own, and of the size that was asked for: what lies beyond a tensor is nobody's.
 VARIABLES = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(machine.ROOT / "tests")}
-# The primitives, and each kernel on its small samples; those of moe_experts with more tokens than one tile has, too.
+# The primitives, and each kernel on its small samples; those that go through more than one tile or chunk there, too.
 TESTS = (
     "test_primitives.py", "test_primitives_tiles.py", "test_primitives_sm90.py", "test_kernels.py",
-    "test_kernels_moe_mma.py", "test_kernels_moe_sm90.py",
+    "test_kernels_moe_mma.py", "test_kernels_moe_sm90.py", "test_kernels_ssd.py", "test_kernels_attention.py",
+    "test_kernels_head.py",
 )  # fmt: skip
-SELECTED = "primitives or test_equals_reference or test_one_expert_takes_all"
+SELECTED = (
+    "primitives or test_equals_reference or test_one_expert_takes_all or test_mixers or test_lengths or test_widths"
+)
 SUMMARIES = {
     "memcheck": r"ERROR SUMMARY: (\d+) error",
     "racecheck": r"RACECHECK SUMMARY: (\d+) hazard",

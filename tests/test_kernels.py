@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import KERNELS, Backend
+from backends import BACKENDS, KERNELS, Backend, some
 from torch import Tensor
 
 from twotower_ext.registry import CUDA_DTYPES, OPS, Sample, compare
@@ -42,6 +42,7 @@ def test_equals_reference(name: str, dtype: torch.dtype, backend: Backend):
 
 @every_kernel
 @every_dtype
+@pytest.mark.parametrize("backend", some(BACKENDS))
 def test_batch_row_equals_row_alone(name: str, dtype: torch.dtype, backend: Backend):
     for sample in OPS[name].samples("cpu", dtype):
         arguments = bound(name, sample)

@@ -76,6 +76,7 @@ def test_the_document_has_the_tables_of_the_model():
         (320, 256, True),
     ],
 )
+@pytest.mark.parametrize("backend", some(BACKENDS))
 def test_each_tile(width, inner, gated, tokens, k, shared_kib, backend: Backend, monkeypatch):
     """A token's bits are its own: alone it takes the first tile."""
     monkeypatch.setenv("SIMT_SHARED_KIB", str(shared_kib))
