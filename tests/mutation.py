@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old`, once in `file`, becomes `new`, a bug of the kernels `ops`. `tests`, of them what -k selects, may see it."""
+    """`old`, once in `file`, becomes `new`, a bug of the kernels `ops`. `tests` may see it, as far as -k selects."""
 
     name: str
     file: str

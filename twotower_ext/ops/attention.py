@@ -29,7 +29,7 @@ def block_attention(
     rows 0 … i). Query head h reads key head h // (Hq / Hkv).
 
     Args:
-        q: (B, Hq, L, d).
+        q: (B, Hq, L, d); on CUDA d is at most 256.
         k, v: (B, Hkv, L, d), q's dtype, of the block.
         context_k, context_v: (B, Hkv, T, d), q's dtype; both or neither.
         context_lengths: (B,) int32, 0 … T; None is T for every row.
@@ -40,7 +40,8 @@ def block_attention(
         (B, Hq, L, d) in q's dtype.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or (on CPU) a length out of range.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or (on CPU) a length out of range; on CUDA
+            one is cut to 0 … T.
 
     Source: Vaswani et al., arXiv 1706.03762, with grouped heads as in Ainslie et al., arXiv 2305.13245.
     """
@@ -94,7 +95,7 @@ def two_stream_attention(
     blocks 0 … n − 1 and the denoiser's keys of its own whole block. The scale is 1 / sqrt(d).
 
     Args:
-        q: (B, Hq, S, d), the denoiser's queries.
+        q: (B, Hq, S, d), the denoiser's queries; on CUDA d is at most 256.
         context_k, context_v: (B, Hkv, S, d), q's dtype, of the context tower over the same sequence.
         k, v: (B, Hkv, S, d), q's dtype, of the denoiser.
         block_size: rows a block, at least 1.
