@@ -28,11 +28,13 @@ PROGRESS := ^ *(\[[0-9]+/[0-9]+|-- CUDA kernels|Successfully installed)
 	$(BIN)/pip install --progress-bar on -r requirements-dev.txt
 	touch $@
 
-# One line a compile step; everything else goes to the log, whose end is shown when the build fails.
+# One line a compile step; everything else goes to the log, whose end is shown when the build fails. It is as old as its
+# begin: what changes meanwhile is built by the next one.
 .venv/built: .venv/tools setup.py pyproject.toml CMakeLists.txt csrc/kernels/cutlass/cutlass.cmake $(CPP)
+	@touch .venv/begun
 	@$(BIN)/pip install --no-build-isolation --verbose -e '.[test]' 2>&1 \
 	  | tee .venv/build.log | grep --line-buffered -E '$(PROGRESS)' || { tail -n 60 .venv/build.log; exit 1; }
-	touch $@
+	@touch -r .venv/begun $@
 
 .venv/linters: .venv/tools
 	$(BIN)/pip install --quiet -r requirements-lint.txt

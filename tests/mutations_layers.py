@@ -32,7 +32,6 @@ SSD = (
     *planted(
         "kernels/ssd_source.cuh", "ssd_scan mamba_block", "kernels kernels_ssd kernels_large", "ssd or mamba or scan or state or mixer",
         ("scan: a state's last elements are taken for four", "if (aligned && first + 4 <= size) {\n      const auto quad", "if (aligned && first < size) {\n      const auto quad"),
-        ("scan: four elements are stored past a state's row", "if (aligned && first + 4 <= size) {\n      simt::store", "if (aligned && first < size) {\n      simt::store"),
         ("scan: rows behind the head's last are read", "const bool present = data != nullptr && row < rows;", "const bool present = data != nullptr;"),
         ("scan: rows behind the head's last are stored", "if (row >= rows) return;", ""),
         ("scan: the group of another head", "h / (H / G)", "h % G"),

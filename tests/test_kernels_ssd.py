@@ -175,13 +175,28 @@ def test_kept_states_are_those_of_shorter_sequences(every: int, backend: Backend
         x, dt, A_log, B, C, *rest = arguments
         shorter = exact("ssd_scan", [x[:, :end], dt[:, :end], A_log, B[:, :end], C[:, :end], *rest])[1]
         assert_close([states[:, n]], [shorter], torch.float32, 1000)
+    for poisoned in (0, 3):  # of the chunk's rows behind a kept state nothing is in it
+        changed = [a.clone() for a in arguments]
+        changed[poisoned][:, every:] = torch.nan
+        kept = backend.run("ssd_scan", *changed, states_every=every)[2]
+        assert torch.equal(kept[:, 0], states[:, 0])
+
+
+@on_some
+def test_rows_of_a_state_may_lie_apart(backend: Backend):
+    """Each at a multiple of 16 bytes, with fewer than a multiple of 4 elements; those behind are not read."""
+    arguments = scan_arguments(torch.float32, 1, 3, 2, 5, 1, 6)
+    padded = torch.full((1, 2, 5, 8), torch.nan)
+    padded[..., :6] = arguments[-1]
+    actual = backend.run("ssd_scan", *arguments[:-1], padded[..., :6])
+    assert_close(actual, exact("ssd_scan", arguments), torch.float32, 4)
 
 
 @on_some
 def test_long_steps_neither_overflow_nor_lose_the_state(backend: Backend):
-    """Raw steps of -80 to 80: those of nearly nothing keep the state, those of 80 replace it."""
+    """Raw steps of -120 to 120: those of nearly nothing keep the state, those of 120 replace it."""
     x, dt, A_log, B, C, D, _, state = scan_arguments(torch.float32, 1, 24, 2, 4, 1, 8)
-    dt = torch.linspace(-80, 80, 48).view(1, 24, 2)
+    dt = torch.linspace(-120, 120, 48).view(1, 24, 2)
     arguments = [x, dt, A_log, B, C, D, None, 1e6 * state]
     y, final = backend.run("ssd_scan", *arguments)
     expected = exact("ssd_scan", arguments)
