@@ -76,7 +76,6 @@ ATTENTION = (
         ("attention: keys and values are exchanged", "tile.own ? (item % 2 ? p.v : p.k)", "tile.own ? (item % 2 ? p.k : p.v)"),
         ("attention: halves of the keys are exchanged", "values.chunk(16 * k + simt::lane() % 16,", "values.chunk(16 * k + (simt::lane() + 8) % 16,"),
         ("attention: columns of wide heads repeat", "first / 8 + n + simt::lane() / 16", "n + simt::lane() / 16"),
-        ("attention: statistics of a part by all its blocks' lanes", "simt::lane() % 4 == 0 && first_column == 0", "simt::lane() % 4 == 1 && first_column == 0"),
         ("attention: a part behind the context is summed", "const int live = parts_of_context(context_of(p, block.b));", "const int live = plan.parts - 1;"),
         ("attention: the own keys' part is left out", "for (int i = 0; i <= live; ++i)", "for (int i = 0; i < live; ++i)"),
         ("attention: the own keys' part is the context's next", "(i < live ? i : plan.parts - 1)", "i"),
