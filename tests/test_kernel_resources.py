@@ -180,7 +180,7 @@ def test_claimed_instructions_are_in_the_code(architecture: str):
 @pytest.mark.skipif("sm_90a" not in CODES, reason="not built for sm_90a")
 def test_products_of_warpgroups_are_not_serialised():
     """Four products a group and 64 rows: a compiler that cannot prove the accumulators untouched waits in between."""
-    for kernel, found in kernel_resources.code("sm_90a").items():
+    for kernel, found in kernel_resources.code("sm_90a", LIBRARY).items():
         products = sum(text.startswith("HGMMA") for text in found)
         groups = sum(text.startswith("HGMMA") and "gsb0" in text for text in found)
         rows = re.search(r"moe_stream_kernel<\w+, (\d+),", kernel)
@@ -195,7 +195,9 @@ def test_copies_are_started_among_products(architecture: str):
     products without a branch, four of ten copies stand behind at least a quarter of the products, in both products."""
     (kernel,) = [name for name in usages() if re.fullmatch(r"moe_experts_kernel<bf16, 192, 128, .*, 4>", name)]
     kinds = {"HMMA": "H", "LDGSTS": "C", "BRA": "|", "BAR": "|"}
-    order = "".join(kinds.get(re.split(r"\W", text)[0], "") for text in kernel_resources.code(architecture)[kernel])
+    order = "".join(
+        kinds.get(re.split(r"\W", text)[0], "") for text in kernel_resources.code(architecture, LIBRARY)[kernel]
+    )
     steps = [part for part in order.split("|") if part.count("H") == 96 and "C" in part]
     assert len(steps) == 2
     for step in steps:
