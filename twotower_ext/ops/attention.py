@@ -40,8 +40,8 @@ def block_attention(
         (B, Hq, L, d) in q's dtype.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or (on CPU) a length out of range; on CUDA
-            one is cut to 0 … T.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or (on CPU) a length out of range;
+            on CUDA such a one is cut to 0 … T.
 
     Source: Vaswani et al., arXiv 1706.03762, with grouped heads as in Ainslie et al., arXiv 2305.13245.
     """
